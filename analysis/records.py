@@ -1,0 +1,114 @@
+"""Records of a sweep (`RESULTS_DIR/points/<name>/record.json`) as pandas tables."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+SCHEMA_VERSION = 1
+REQUIRED = ("name", "status", "point", "bits", "metrics")
+MATRIX_FIELDS = ("rank", "q", "l", "r", "nominal_bits", "stored_bits", "stored_bytes", "relative_error")
+
+
+class RecordError(ValueError):
+    """A results folder cannot be used; the message is one sentence that names the path and the remedy."""
+
+
+def load_records(results_dir: str | Path) -> list[dict]:
+    """All records below `results_dir`, finished and failed, sorted by name; points still running have none yet."""
+    paths = sorted(Path(results_dir).glob("points/*/record.json"))
+    if not paths:
+        raise RecordError(f"{results_dir} holds no points/*/record.json: give the output folder of a sweep.")
+    return sorted((_read(path) for path in paths), key=lambda record: record["name"])
+
+
+def _read(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path} is not JSON ({error}): delete its folder and run the point again.") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if not isinstance(version, int):
+        raise RecordError(f"{path} has no schema_version: delete its folder and run the point again.")
+    if version > SCHEMA_VERSION:
+        raise RecordError(f"{path} has schema {version}, newer than the known {SCHEMA_VERSION}: update this package.")
+    if missing := [field for field in REQUIRED if field not in record]:
+        raise RecordError(f"{path} lacks {', '.join(missing)}: delete its folder and run the point again.")
+    return record
+
+
+def tidy(records: list[dict]) -> pd.DataFrame:
+    """One row a point: name, status, the sweep's axes, bits, megabytes, metrics with `:stderr`, seconds, error.
+
+    Bits are per parameter, `megabytes` is the whole stored model / 1e6, `compress_s` seconds. What a record does not
+    give is NaN (NA in integer axes). `table.attrs["axes"]` lists the axes, and `table.attrs["metrics"]` maps a metric
+    to `higher_is_better`, to `measured_on` as far as all points agree, and to `differs`, the keys where they do not.
+    """
+    metrics = sorted({metric for record in records for metric in record["metrics"] or {}})
+    head = pd.DataFrame([{"name": record["name"], "status": record["status"]} for record in records])
+    axes = pd.DataFrame([record["point"] for record in records], dtype=object).apply(_axis)
+    numbers = pd.DataFrame([_numbers(record, metrics) for record in records], dtype=float)
+    error = pd.Series([failure(record) for record in records], name="error", dtype=object)
+    table = pd.concat([head, axes, numbers, error], axis=1)
+    table.attrs["axes"] = list(axes.columns)
+    table.attrs["metrics"] = {metric: _description(records, metric) for metric in metrics}
+    return table
+
+
+def _axis(column: pd.Series) -> pd.Series:
+    """Whole numbers stay whole beside a null (`rank` of the baseline); anything else is left as pandas infers it."""
+    integers = all(isinstance(value, int) and not isinstance(value, bool) for value in column.dropna())
+    return column.astype("Int64") if integers and column.notna().any() else column.infer_objects()
+
+
+def _numbers(record: dict, metrics: list[str]) -> dict:
+    bits = record["bits"] or {}
+    row = {f"bits_{kind}": bits.get(kind) for kind in ("nominal", "stored", "model")}
+    size = bits.get("model_bytes")
+    row["megabytes"] = None if size is None else size / 1e6
+    for metric in metrics:
+        measured = (record["metrics"] or {}).get(metric) or {}
+        row |= {metric: measured.get("value"), f"{metric}:stderr": measured.get("stderr")}
+    return row | {"compress_s": (record.get("timings_s") or {}).get("compress")}
+
+
+def _description(records: list[dict], metric: str) -> dict:
+    found = [record["metrics"][metric] for record in records if (record["metrics"] or {}).get(metric)]
+    settings = [measured.get("measured_on") or {} for measured in found]
+    keys = sorted({key for setting in settings for key in setting})
+    differs = [key for key in keys if any(setting.get(key) != settings[0].get(key) for setting in settings)]
+    return {
+        "higher_is_better": any(measured.get("higher_is_better") for measured in found),
+        "measured_on": {key: settings[0][key] for key in keys if key not in differs},
+        "differs": differs,
+    }
+
+
+def failure(record: dict) -> str | None:
+    """Why a point failed, on one line: stage, block, matrix and the first line of the message; None if it did not."""
+    if record["status"] == "done":
+        return None
+    error = record.get("error") or {}
+    block = None if error.get("block") is None else f"block {error['block']}"
+    place = ", ".join(str(part) for part in (error.get("stage"), block, error.get("matrix")) if part is not None)
+    message = ((error.get("message") or "").strip().splitlines() or ["no message"])[0]
+    return f"{place or 'unknown stage'}: {error.get('type') or 'Error'}: {message}"
+
+
+def matrices(records: list[dict]) -> pd.DataFrame:
+    """One row a (point, matrix), long format: where the matrix sits, its shape, its format, bits, bytes and error.
+
+    `block` is the first integer of the dotted name (NA without one), `projection` its last component; bits are per
+    parameter, `relative_error` is sqrt(tr(E H E^T) / tr(W H W^T)).
+    """
+    rows = [_matrix(record["name"], matrix) for record in records for matrix in record.get("matrices") or []]
+    columns = ["point", "matrix", "block", "projection", "rows", "columns", *MATRIX_FIELDS]
+    return pd.DataFrame(rows, columns=columns).astype({"block": "Int64", "rank": "Int64"})
+
+
+def _matrix(point: str, matrix: dict) -> dict:
+    parts = matrix["name"].split(".")
+    row = {"point": point, "matrix": matrix["name"], "projection": parts[-1]}
+    row["block"] = next((int(part) for part in parts if part.isdigit()), None)
+    row["rows"], row["columns"] = matrix["shape"]
+    return row | {field: matrix.get(field) for field in MATRIX_FIELDS}

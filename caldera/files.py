@@ -1,0 +1,43 @@
+"""Files that are either whole or not there: written under another name, flushed to disk, then renamed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def committed(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which becomes `path` when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        _flush(part)
+        part.replace(path)
+        _flush(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Commit `data` as JSON; NaN and infinity are refused (ValueError), since a missing value is null."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    with committed(path) as part:
+        part.write_text(text + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

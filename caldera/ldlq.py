@@ -1,0 +1,111 @@
+"""Rounding with error feedback: LDLQ (Chee et al. 2023; block form of QuIP#), and coordinate descent after it.
+
+Both walk the columns from last to first in groups of the quantizer's size. Inside a panel of columns the errors are
+carried group by group; one matrix product then carries the panel's errors to all columns before it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from caldera.basis import Basis, padded
+from caldera.devices import over_rows
+from caldera.quantizers import Quantizer, Scales
+from caldera.quantizers.base import compiled
+
+PANEL = 128
+
+
+class Rounded(NamedTuple):
+    """Codes (m, n / g), the scales they were fitted with, and the values (m, n) they stand for."""
+
+    codes: Tensor
+    scales: Scales
+    values: Tensor
+
+
+def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | None = None) -> Rounded:
+    """Round W~ (m, n) so that tr((W~ - Q) H (W~ - Q)^T) is small; scales are fitted to W~ unless given."""
+    scales = quantizer.fit(weight) if scales is None else scales
+    m, n = weight.shape
+    work = pad(weight, (0, -n % quantizer.group)).contiguous()
+    feedback, target, values = basis.feedback(quantizer.group), work.clone(), torch.empty_like(work)
+    codes = torch.empty(m, work.shape[1] // quantizer.group, dtype=torch.int64, device=work.device)
+    columns = quantizer.columns(scales, work.shape[1])
+    walk = _ldlq_panel_compiled if compiled(quantizer.codebook, work) else _ldlq_panel
+    for first, last in _panels(work.shape[1]):
+        walk(quantizer, columns, work, target, feedback, first, last, values, codes)
+        if first:
+            target[:, :first] += (work[:, first:last] - values[:, first:last]) @ feedback[first:last, :first]
+    return Rounded(codes, scales, values[:, :n])
+
+
+def tune(weight: Tensor, basis: Basis, quantizer: Quantizer, start: Rounded, passes: int) -> Rounded:
+    """`passes` passes of coordinate descent from `start`; the damped loss never rises."""
+    m, n = weight.shape
+    short = -n % quantizer.group
+    work, values, codes = pad(weight, (0, short)), pad(start.values, (0, short)).contiguous(), start.codes.clone()
+    moments, inverses = padded(basis.damped, quantizer.group), basis.block_inverses(quantizer.group)
+    columns = quantizer.columns(start.scales, work.shape[1])
+    walk = _tune_panel_compiled if compiled(quantizer.codebook, work) else _tune_panel
+    for _ in range(passes):
+        gradient = (work - values) @ moments
+        for first, last in _panels(work.shape[1]):
+            before = values[:, first:last].clone()
+            walk(quantizer, columns, gradient, moments, inverses, first, last, values, codes)
+            if first:
+                gradient[:, :first] += (before - values[:, first:last]) @ moments[first:last, :first]
+    return Rounded(codes, start.scales, values[:, :n])
+
+
+def _panels(n: int) -> list[tuple[int, int]]:
+    """Column ranges from last to first."""
+    return [(first, min(first + PANEL, n)) for first in range(0, n, PANEL)][::-1]
+
+
+def _ldlq_panel_compiled(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
+    from caldera.quantizers import _kernels
+
+    arrays = [t.numpy() for t in (work, target, feedback, *columns)]
+    book = quantizer.codebook.kernel()
+    over_rows(_kernels.ldlq_panel, work.shape[0], *arrays, book, first, last, values.numpy(), codes.numpy())
+
+
+def _tune_panel_compiled(quantizer, columns, gradient, moments, inverses, first, last, values, codes) -> None:
+    from caldera.quantizers import _kernels
+
+    arrays = [t.numpy() for t in (gradient, moments, inverses, *columns)]
+    book = quantizer.codebook.kernel()
+    over_rows(_kernels.tune_panel, gradient.shape[0], *arrays, book, first, last, values.numpy(), codes.numpy())
+
+
+def _nearest(quantizer, columns: Scales, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    """Codes (m,) and values (m, g) of the codewords nearest to x (m, g), the columns `at` of the matrix."""
+    scale, zero = (t[:, at] if t.shape[1] > 1 else t for t in columns)
+    codes = quantizer.codebook.encode(torch.where(scale > 0, (x - zero) / scale, 0.0))
+    return codes, quantizer.codebook.decode(codes) * scale + zero
+
+
+def _ldlq_panel(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
+    """What `_kernels.ldlq_panel` does, on any device: no branch or read depends on the data."""
+    group = quantizer.group
+    for column in range(last - group, first - 1, -group):
+        at = slice(column, column + group)
+        codes[:, column // group], values[:, at] = _nearest(quantizer, columns, target[:, at], at)
+        target[:, first:column] += (work[:, at] - values[:, at]) @ feedback[at, first:column]
+
+
+def _tune_panel(quantizer, columns, gradient, moments, inverses, first, last, values, codes) -> None:
+    """What `_kernels.tune_panel` does, on any device."""
+    group = quantizer.group
+    for column in range(last - group, first - 1, -group):
+        at, block = slice(column, column + group), column // group
+        found, new = _nearest(quantizer, columns, values[:, at] + gradient[:, at] @ inverses[block], at)
+        move = values[:, at] - new
+        change = (move * (2 * gradient[:, at] + move @ moments[at, at])).sum(1)
+        better = change < 0
+        codes[:, block] = torch.where(better, found, codes[:, block])
+        values[:, at] = torch.where(better[:, None], new, values[:, at])
+        gradient[:, first:last] += torch.where(better[:, None], move, 0.0) @ moments[at, first:last]

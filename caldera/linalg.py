@@ -1,0 +1,64 @@
+"""Guarded factorisations: a failure is answered by more damping, which is recorded, then by a typed error."""
+
+import torch
+from torch import Tensor
+
+from caldera.devices import read
+from caldera.errors import NumericalError
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Raise NumericalError with the count of NaN and infinite entries of x, named by `what`."""
+    bad = read((~torch.isfinite(x)).sum())
+    if bad > 0:
+        raise NumericalError(f"{what}: {int(bad)} of {x.numel()} entries are NaN or infinite")
+
+
+def damped_cholesky(h: Tensor, sigma: float, limit: float, what: str) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of h + sigma I, h (n, n) of unit scale, and the sigma that it took.
+
+    A failure raises sigma tenfold (from 1e-8 when it was 0), at most to `limit`; then NumericalError.
+    """
+    while True:
+        factor, info = torch.linalg.cholesky_ex(h + sigma * torch.eye(h.shape[0], dtype=h.dtype, device=h.device))
+        if not read(info) > 0 and not read((~torch.isfinite(factor)).sum()) > 0:
+            return factor, sigma
+        if sigma >= limit:
+            raise NumericalError(f"{what}: the Cholesky factorisation fails even with {sigma:g} added to the diagonal")
+        sigma = min(max(sigma * 10, 1e-8), limit)
+
+
+def solve_gram(gram: Tensor, right: Tensor, what: str) -> Tensor:
+    """X (k, p) with gram X = right, for a positive semidefinite gram (k, k); dependent directions are damped.
+
+    The damping starts at float32's resolution of the largest eigenvalue's bound, so that a rank-deficient gram
+    (a zero target, a rank above the matrix's) gives the least-norm kind of answer instead of an explosion.
+    """
+    scale = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    factor, _ = damped_cholesky(gram / scale, 1e-6, 1e-1, what)
+    return torch.cholesky_solve(right / scale, factor)
+
+
+def block_feedback(chol: Tensor, group: int) -> Tensor:
+    """M - I (n, n), strictly block-lower, where chol = M D^(1/2) with unit g x g blocks on M's diagonal.
+
+    The block form of the LDL decomposition that LDLQ feeds back errors with (QuIP#, section 4.1): H = M D M^T.
+    n must be a multiple of `group`.
+    """
+    n = chol.shape[0]
+    strips = chol.reshape(n, n // group, group).transpose(0, 1)  # (n / g, n, g) block columns
+    blocks = diagonal_blocks(chol, group)
+    unit = torch.linalg.solve_triangular(blocks, strips, upper=False, left=False)
+    m = unit.transpose(0, 1).reshape(n, n)
+    return m.masked_fill(_block_diagonal(n, group, m.device), 0.0)
+
+
+def diagonal_blocks(x: Tensor, group: int) -> Tensor:
+    """(n / g, g, g) blocks on the diagonal of x (n, n)."""
+    n = x.shape[0]
+    return x.reshape(n // group, group, n // group, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _block_diagonal(n: int, group: int, device: torch.device) -> Tensor:
+    index = torch.arange(n, device=device) // group
+    return index[:, None] <= index[None, :]

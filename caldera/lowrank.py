@@ -1,0 +1,111 @@
+"""Low-rank factors: rank-constrained regression (Xiang et al. 2012) and LPLR, its alternation with rounded factors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from caldera.basis import Basis
+from caldera.devices import read
+from caldera.linalg import solve_gram
+from caldera.quantizers import Half, Quantizer
+
+POWER_ITERATIONS = 3
+OVERSAMPLING = 16
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A rounded factor in storage order (k, size), one row a rank dimension: L^T (k, m) or R (k, n)."""
+
+    codes: Tensor
+    scales: object
+    values: Tensor
+
+    @classmethod
+    def round(cls, x: Tensor, quantizer: Quantizer | Half) -> "Factor":
+        scales = quantizer.fit(x)
+        codes = quantizer.encode(x, scales)
+        return cls(codes, scales, quantizer.decode(codes, scales, x.shape[1]))
+
+
+def top_subspace(x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k,), V (n, k) of the k largest singular values of x (m, n), by randomized subspace iteration."""
+    if 2 * (k + OVERSAMPLING) >= min(x.shape):
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        return u[:, :k], s[:k], vt[:k].T
+    probe = torch.randn(x.shape[1], k + OVERSAMPLING, generator=generator).to(x.device)
+    q = torch.linalg.qr(x @ probe).Q
+    for _ in range(POWER_ITERATIONS):
+        q = torch.linalg.qr(x @ torch.linalg.qr(x.T @ q).Q).Q
+    u, s, vt = torch.linalg.svd(q.T @ x, full_matrices=False)
+    return (q @ u)[:, :k], s[:k], vt[:k].T
+
+
+def rank_constrained_regression(a: Tensor, basis: Basis, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """L (m, k), R (k, n) that minimise ||(A - L R) C||_F over rank k, where H + sigma I = C C^T.
+
+    Closed form: U S V^T = svd_k(A C), L = U S^(1/2), R = S^(1/2) V^T C^(-1).
+    """
+    u, s, v = top_subspace(a @ basis.chol, k, generator)
+    root = s.sqrt()
+    right = torch.linalg.solve_triangular(basis.chol, (v * root).T, upper=False, left=False)
+    return u * root, right
+
+
+def rotated(left: Tensor, right: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(L G, G^T R) for a random orthogonal G (k, k): the same product, singular values spread over all k dimensions.
+
+    With one scale a factor the rounding error of the product falls from sum s_i^2 to (sum s_i)^2 / k.
+    """
+    k = left.shape[1]
+    g = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64)).Q.float().to(left.device)
+    return left @ g, g.T @ right
+
+
+@dataclass
+class Regression:
+    """The data of one regression of A (m, n): tr((A - L R) H (A - L R)^T) needs only A H and a few k x k products."""
+
+    a: Tensor
+    basis: Basis
+
+    def __post_init__(self) -> None:
+        self.a_h = self.a @ self.basis.damped
+        self.energy = (self.a_h * self.a).sum(dtype=torch.float64)
+
+    def products(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """A H R^T (m, k) and R H R^T (k, k)."""
+        gram = right @ self.basis.damped @ right.T
+        return self.a_h @ right.T, (gram + gram.T) / 2
+
+    def loss(self, left: Tensor, cross: Tensor, gram: Tensor) -> float:
+        """tr((A - L R) H (A - L R)^T) from the products of R."""
+        fit = (left * cross).sum(dtype=torch.float64)
+        return read(self.energy - 2 * fit + ((left.T @ left) * gram).sum(dtype=torch.float64))
+
+
+def lplr(
+    a: Tensor, right: Tensor, basis: Basis, quantizers: tuple, iterations: int, what: str, start: tuple | None = None
+) -> tuple[Factor, Factor]:
+    """Rounded L^T (k, m) and R (k, n) near A (m, n), alternating from R (k, n): each is solved for, then rounded.
+
+    L <- round(A H R^T (R H R^T)^-1), R <- round((L^T L)^-1 L^T A) (Saha et al. 2023). The best pair met is returned;
+    `start`, a pair that exists already, is one of those.
+    """
+    (q_left, q_right), problem, found = quantizers, Regression(a, basis), None
+    factor = Factor.round(right, q_right) if start is None else start[1]
+    products = problem.products(factor.values)
+    if start is not None:
+        found = (problem.loss(start[0].values.T, *products), *start)
+    for _ in range(iterations):
+        left = Factor.round(solve_gram(products[1], products[0].T, what), q_left)
+        found = _better(found, problem.loss(left.values.T, *products), left, factor)
+        factor = Factor.round(solve_gram(left.values @ left.values.T, left.values @ a, what), q_right)
+        products = problem.products(factor.values)
+        found = _better(found, problem.loss(left.values.T, *products), left, factor)
+    return found[1], found[2]
+
+
+def _better(found: tuple | None, loss: float, left: Factor, right: Factor) -> tuple:
+    return (loss, left, right) if found is None or loss < found[0] else found

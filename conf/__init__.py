@@ -1,0 +1,1 @@
+"""The configuration tree, as a package so that it travels with the installation."""

@@ -1,0 +1,1 @@
+"""The sweep application: Hydra composes runs, each run leaves one record."""

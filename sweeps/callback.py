@@ -1,0 +1,60 @@
+"""Around a multirun: the whole grid is checked before its first job, and its frontier is shown after the last."""
+
+import sys
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from caldera.errors import UserError
+from sweeps.grid import expand
+from sweeps.pipeline import finished
+from sweeps.plan import Point, resolve
+from sweeps.progress import SWEEP
+from sweeps.store import read_json
+
+
+class SweepCallback(Callback):
+    """Named in conf/config.yaml. A SystemExit is the only way in which a callback can end Hydra's run."""
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        points, problems = [], []
+        for job in expand(config):
+            try:
+                points.append(resolve(job))
+            except UserError as error:
+                problems.append(str(error))
+        refuse(problems)
+        self.points = list({point.key: point for point in points}.values())
+        SWEEP.total = len([p for p in self.points if not finished(p, p.name)])
+        print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
+
+    def on_multirun_end(self, config: DictConfig, **_: object) -> None:
+        failed = [r for r in map(_record, self.points) if r is None or r["status"] != "done"]
+        show(Path(self.points[0].config["results"]))
+        for record in failed:
+            print(
+                f"failed: {record['name'] + ': ' + record['error']['message'] if record else 'a point without a record'}"
+            )
+        if failed:
+            raise SystemExit(1)
+
+
+def _record(point: Point) -> dict | None:
+    file = point.folder(point.name) / "record.json"
+    return read_json(file) if file.is_file() else None
+
+
+def refuse(problems: list[str]) -> None:
+    """Print each problem once and exit with 1, if there are any."""
+    for problem in dict.fromkeys(problems):
+        print(f"caldera-run: {problem}", file=sys.stderr)
+    if problems:
+        raise SystemExit(1)
+
+
+def show(results: Path) -> None:
+    """The table and the picture of a results folder."""
+    from analysis.frontier import report
+
+    report(results)

@@ -1,0 +1,37 @@
+"""The cache folder and the files in it: costly to make, safe to delete."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def default_cache() -> Path:
+    """The cache folder: $CALDERA_CACHE if set, else the user's own cache folder. It may not exist yet."""
+    return Path(os.environ.get("CALDERA_CACHE") or platformdirs.user_cache_dir("caldera-sweeps")).expanduser()
+
+
+def file_digest(file: Path, cache: Path) -> str:
+    """sha256 of a file, remembered in the cache under (path, size, modification time in ns)."""
+    file = file.resolve()
+    stat = file.stat()
+    key = hashlib.sha256(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    memo = cache / "digests" / key
+    if memo.exists():
+        return memo.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    part = memo.with_suffix(f".{os.getpid()}")
+    part.write_text(digest)
+    part.replace(memo)
+    return digest
+
+
+def to_disk(folder: Path) -> None:
+    """Waits until a flat folder's files and names have reached the disk."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

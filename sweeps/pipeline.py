@@ -1,0 +1,190 @@
+"""One point from a plan to its record: calibrate, compress, reload, evaluate. What exists already is not done again."""
+
+import functools
+import gc
+import math
+from pathlib import Path
+
+from filelock import FileLock
+
+from caldera.errors import CalderaError
+from caldera.files import write_json
+from sweeps import record as records
+from sweeps.plan import Point, axes
+from sweeps.progress import Reporter, log_file, logger
+from sweeps.store import read_json
+from sweeps.trackers import track
+
+
+def finished(point: Point, name: str) -> dict | None:
+    """The record of a point that is done, unless it is to be computed again."""
+    file = point.folder(name) / "record.json"
+    if point.config["force"] or not file.is_file():
+        return None
+    record = read_json(file)
+    return record if record["status"] == "done" else None
+
+
+def run_point(point: Point, reporter: Reporter) -> dict:
+    """The record of a point, computed unless it is there. A failure leaves a failed record and is raised again."""
+    if record := finished(point, point.name):
+        return record
+    folder = point.folder(point.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"), log_file(folder / "log.txt"):
+        if record := finished(point, point.name):
+            return record
+        records.reset_peak()
+        try:
+            record = _compute(point, reporter, folder)
+        except Exception as error:
+            failed = records.skeleton(point.name, point.key, point.config, axes(point), "failed")
+            failed |= {"error": records.error_of(error, reporter.stage_name, reporter.matrix)}
+            logger.exception("point failed")
+            _commit(point, failed | {"timings_s": reporter.timings}, folder)
+            raise
+        _commit(point, record, folder)
+        gc.collect()
+        return record
+
+
+def _commit(point: Point, record: dict, folder: Path) -> None:
+    write_json(folder / "record.json", record)
+    track(record, point.config["tracker"], Path(point.config["results"]))
+
+
+def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
+    _check_texts(point)
+    baseline = run_baseline(point, reporter)
+    matrices = _compress(point, reporter, folder / "checkpoint")
+    with reporter.stage("load"):
+        from caldera.checkpoint import load_dense
+
+        model = load_dense(folder / "checkpoint", _dtype(point)).to(point.device)
+    metrics = _evaluate(point, reporter, model)
+    parameters = baseline["bits"]["model_parameters"]
+    record = records.skeleton(point.name, point.key, point.config, axes(point), "done")
+    record |= {"metrics": metrics, "matrices": matrices, "timings_s": reporter.timings}
+    record["bits"] = records.bits_of(matrices, folder / "checkpoint", parameters)
+    if not point.config["keep_checkpoint"]:
+        _drop(folder / "checkpoint")
+    return record
+
+
+def run_baseline(point: Point, reporter: Reporter) -> dict:
+    """The uncompressed model's record: evaluated once, kept in the cache, copied to every results folder."""
+    cached = point.cache / "baselines" / f"{point.baseline_key}.json"
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{cached}.lock"):
+        if not cached.is_file():
+            write_json(cached, _baseline(point, reporter))
+    record = read_json(cached) | {"sweep": point.config["sweep"]}
+    copy = point.folder(point.baseline_name) / "record.json"
+    if not copy.is_file():
+        write_json(copy, record)
+        track(record, point.config["tracker"], Path(point.config["results"]))
+    return record
+
+
+def _baseline(point: Point, reporter: Reporter) -> dict:
+    own = Reporter(point.baseline_name)
+    reporter.say("  uncompressed model, once:")
+    with own.stage("load"):
+        model = _base_model(point.checkpoint, point.dtype, point.config["model"]["trust_remote_code"]).to(point.device)
+    metrics = _evaluate(point, own, model)
+    nothing = dict.fromkeys(("q", "l", "r", "rank", "q_bits", "l_bits", "r_bits", "budget_bits"))
+    name = {"model": point.config["model"]["name"], "method": "none", "seed": point.method.seed}
+    record = records.skeleton(point.baseline_name, point.baseline_key, point.config, name | nothing, "done")
+    width = 8.0 * _dtype(point).itemsize
+    parameters = sum(p.numel() for p in model.parameters())
+    compressed = sum(math.prod(shape) for shape in point.inventory.values())
+    counts = {"parameters": compressed, "model_parameters": parameters}
+    sizes = {"stored_bytes": int(compressed * width / 8), "model_bytes": int(parameters * width / 8)}
+    bits = {"nominal": width, "stored": width, "model": width} | sizes | counts
+    return record | {"metrics": metrics, "timings_s": own.timings, "bits": bits}
+
+
+def _compress(point: Point, reporter: Reporter, target: Path) -> list[dict]:
+    import torch
+
+    from sweeps.calibration import ensure_moments
+    from sweeps.compress import compress
+
+    trusted = point.config["model"]["trust_remote_code"]
+    device = torch.device(point.device)
+    with reporter.stage("calibrate") as progress:
+        folder = point.cache / "moments" / point.moments_key[:24]
+        base = functools.partial(_base_model, point.checkpoint, point.dtype, trusted)
+        moments = ensure_moments(folder, lambda: base().to(device), lambda: _rows(point, "calibration"), progress)
+    with reporter.stage("compress") as progress:
+        model = _base_model(point.checkpoint, "float32", trusted)
+        return compress(point.checkpoint, model, moments, point.method, target, _dtype(point), device, progress)
+
+
+def _evaluate(point: Point, reporter: Reporter, model) -> dict:
+    from sweeps.evaluate import perplexity, run_tasks
+
+    settings = point.config["evaluation"]
+    rows, metrics = _rows(point, "evaluation"), {}
+    with reporter.stage("perplexity") as progress:
+        facts = {"text": settings["text"], "tokenizer_digest": point.tokenizer}
+        label = Path(settings["text"]).stem.removeprefix("embedded_")
+        metrics[f"perplexity/{label}_{settings['length']}"] = perplexity(model, rows, **facts, progress=progress)
+    with reporter.stage("tasks") as progress:
+        options = {"limit": settings["limit"], "batch_size": settings["batch_size"], "progress": progress}
+        return metrics | run_tasks(model, _tokenizer(point.checkpoint), list(settings["tasks"]), **options)
+
+
+def _check_texts(point: Point) -> None:
+    """Both texts are long enough and share no document. Raises UserError before any long work."""
+    from sweeps.texts import check_no_overlap, load_texts
+
+    settings = point.config["calibration"]
+    _rows(point, "calibration")
+    _rows(point, "evaluation")
+    if not settings["allow_overlap"]:
+        check_no_overlap(load_texts(settings["text"]), load_texts(point.config["evaluation"]["text"]))
+
+
+def _rows(point: Point, group: str):
+    """Token rows of the calibration or evaluation text. Raises UserError naming the group when there are too few."""
+    settings = point.config[group]
+    count, seed = ("sequences", settings["shuffle_seed"]) if group == "calibration" else ("rows", None)
+    try:
+        return _token_rows(point.checkpoint, settings["text"], settings[count], settings["length"], seed)
+    except CalderaError as error:
+        raise type(error)(f"{group}.{count}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _token_rows(checkpoint: Path, text: str, count: int, length: int, seed: int | None):
+    from sweeps.texts import load_texts, token_rows
+
+    return token_rows(load_texts(text), _tokenizer(checkpoint), count, length, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(checkpoint: Path):
+    from sweeps.models import load_tokenizer
+
+    return load_tokenizer(checkpoint)
+
+
+@functools.lru_cache(maxsize=1)
+def _base_model(checkpoint: Path, dtype: str, trusted: bool):
+    """The uncompressed model; the last one asked for is kept for the next point."""
+    from sweeps.models import load_model
+
+    return load_model(checkpoint, dtype, trusted)
+
+
+def _dtype(point: Point):
+    import torch
+
+    return getattr(torch, point.dtype)
+
+
+def _drop(checkpoint: Path) -> None:
+    import shutil
+
+    shutil.rmtree(checkpoint)

@@ -1,0 +1,221 @@
+"""From a composed configuration to a point: checked against the model, named by what it depends on."""
+
+import functools
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from caldera.decompose import Method
+from caldera.errors import UserError
+from caldera.files import write_json
+from caldera.packed import MatrixSpec
+from caldera.quantizers import HALVES, get_quantizer
+from sweeps.evaluate import check_tasks
+from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
+from sweeps.paths import default_cache
+from sweeps.store import digest, require_writable
+from sweeps.texts import text_digest
+
+FIT_VERSION = 1  # counts up when the same settings give another checkpoint
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run, ready to go. Keys are hashes of exactly what a stage depends on."""
+
+    config: dict
+    method: Method
+    checkpoint: Path  # the uncompressed model
+    tokenizer: str  # digest
+    dtype: str
+    device: str
+    moments_key: str
+    evaluation_key: str
+    model_key: str  # fingerprint of the uncompressed model
+    inventory: dict[str, list[int]]
+
+    @property
+    def key(self) -> str:
+        fit = asdict(self.method) | ({} if self.method.rank else {"l": None, "r": None})
+        stored = [FIT_VERSION, self.moments_key, fit, self.config["method"]["name"], self.dtype]
+        return digest([stored, self.evaluation_key])
+
+    @property
+    def baseline_key(self) -> str:
+        return digest([self.model_key, self.evaluation_key])
+
+    @property
+    def name(self) -> str:
+        """Readable, and unique by the key."""
+        m = self.method
+        factors = [f"l_{m.l}", f"r_{m.r}"] if m.rank else []
+        parts = [Path(self.config["model"]["name"]).name, self.config["method"]["name"], f"r{m.rank}", m.q, *factors]
+        return "-".join([*parts, self.key[:8]])
+
+    @property
+    def baseline_name(self) -> str:
+        return f"{Path(self.config['model']['name']).name}-uncompressed-{self.baseline_key[:8]}"
+
+    @property
+    def cache(self) -> Path:
+        return cache_of(self.config)
+
+    def folder(self, name: str) -> Path:
+        """Where the record of the point `name` lies."""
+        return Path(self.config["results"]) / "points" / name
+
+
+def resolve(cfg: DictConfig) -> Point:
+    """The point that a configuration describes. Raises UserError naming field, value and remedy."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: set it, for example {missing[0]}=...")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    _check_numbers(config)
+    require_writable(Path(config["results"]), "results")
+    cache = cache_of(config)
+    require_writable(cache, "cache")
+    check_tasks(config["evaluation"]["tasks"])
+    method = _method(config)
+    source = _source(config["model"])
+    directory = checkpoint_dir(source, cache)
+    shapes = inventory(directory, cache, source.trust_remote_code)
+    method = _fitted(method, config, shapes)
+    for name, shape in shapes.items():
+        method.spec(tuple(shape), name)
+    device, dtype = placement(config["compute"])
+    model_key = fingerprint(directory, cache)
+    keys = {"moments_key": _moments_key(config, model_key, dtype), "evaluation_key": _evaluation_key(config, dtype)}
+    tokenizer = tokenizer_digest(directory, cache)
+    return Point(config, method, directory, tokenizer, dtype, device, **keys, model_key=model_key, inventory=shapes)
+
+
+def cache_of(config: dict) -> Path:
+    return Path(config["cache"]).expanduser() if config["cache"] else default_cache()
+
+
+def _check_numbers(config: dict) -> None:
+    positive = {"calibration": ("sequences", "length"), "evaluation": ("rows", "length", "batch_size", "limit")}
+    for group, names in positive.items():
+        for name in names:
+            value, least = config[group][name], 2 if name == "length" else 1
+            if value is not None and value < least:
+                raise UserError(f"{group}.{name}={value} must be at least {least}")
+
+
+def _method(config: dict) -> Method:
+    settings = {f.name: config["method"][f.name] for f in fields(Method) if f.name in config["method"]}
+    names = {part: quantizer_name(part, config[part]) for part in "qlr"}
+    rank, bits = config["rank"]["k"], config["budget"]["bits"]
+    if bits is not None and rank:
+        raise UserError(f"rank.k={rank} and budget.bits={bits} are both set: leave rank.k=0 for a budget to choose it")
+    if rank is None and bits is None:
+        raise UserError("rank.k is null and no budget is set: give rank.k=... or budget=uniform budget.bits=...")
+    return Method(rank=rank or 0, seed=config["seed"], **names, **settings)
+
+
+def quantizer_name(part: str, settings: dict) -> str:
+    """Name of the quantizer that a config node describes. Raises UserError naming the node."""
+    family, bits, scale = settings["family"], settings["bits"], settings["scale"]
+    if family in HALVES and bits != 16:
+        raise UserError(f"{part}.bits={bits}: {family} has 16 bits; leave bits out or choose another family")
+    name = family if family in HALVES else f"{family}_{bits}bit" + ("" if scale == "matrix" else f"_{scale}")
+    try:
+        get_quantizer(name)
+    except UserError as error:
+        raise UserError(f"{part}: {error}") from error
+    return name
+
+
+def _source(model: dict) -> ModelSource:
+    return ModelSource(**model | {"path": model["path"] or ""})
+
+
+def _fitted(method: Method, config: dict, shapes: dict[str, list[int]]) -> Method:
+    """The method with the largest rank whose stored bits over all matrices stay within the budget, if there is one."""
+    bits = config["budget"]["bits"]
+    if bits is None:
+        return method
+    least, most = _stored_bits(method, 0, shapes), min(min(s) for s in shapes.values())
+    if least > bits:
+        raise UserError(f"budget.bits={bits} is below the {least:.3f} bits that {method.q} takes alone: raise it")
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _stored_bits(method, middle, shapes) <= bits else (low, middle - 1)
+    return Method(**vars(method) | {"rank": low})
+
+
+def _stored_bits(method: Method, rank: int, shapes: dict[str, list[int]]) -> float:
+    factors = (method.l, method.r) if rank else ("none", "none")
+    specs = [MatrixSpec(name, "", tuple(s), rank, method.q, *factors) for name, s in shapes.items()]
+    return 8 * sum(s.stored_bytes for s in specs) / sum(s.parameters for s in specs)
+
+
+@functools.cache
+def inventory(directory: Path, cache: Path, trust_remote_code: bool = False) -> dict[str, list[int]]:
+    """Shape (m, n) of every matrix that is compressed, by name; found once, on a model without data."""
+    file = cache / "inventories" / f"{fingerprint(directory, cache)}.json"
+    if not file.is_file():
+        write_json(file, _shapes(directory, trust_remote_code))
+    return json.loads(file.read_text())
+
+
+def _shapes(directory: Path, trust_remote_code: bool) -> dict[str, list[int]]:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from caldera.blocks import decoder_blocks, linears
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={directory} is no causal language model: {str(error).splitlines()[0]}") from error
+    name, blocks = decoder_blocks(model)
+    layers = [(f"{name}.{i}.{inner}", m) for i, block in enumerate(blocks) for inner, m in linears(block).items()]
+    return {full: [m.out_features, m.in_features] for full, m in layers}
+
+
+def placement(compute: dict) -> tuple[str, str]:
+    """Device and dtype of models under evaluation; auto: the GPU if there is one, bfloat16 where it is native."""
+    import torch
+
+    device = compute["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"compute.device={device}: this torch sees no GPU; use compute.device=cpu")
+    dtype = compute["dtype"]
+    if dtype == "auto":
+        native = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+        dtype = "bfloat16" if device != "cpu" or native else "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"compute.dtype={dtype!r} must be auto, float32, bfloat16 or float16")
+    return device, dtype
+
+
+def _moments_key(config: dict, model_key: str, dtype: str) -> str:
+    c = config["calibration"]
+    return digest([1, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
+
+
+def _evaluation_key(config: dict, dtype: str) -> str:
+    e = config["evaluation"]
+    return digest(
+        [1, text_digest(e["text"]), *(e[k] for k in ("rows", "length", "tasks", "limit", "batch_size")), dtype]
+    )
+
+
+def axes(point: Point) -> dict:
+    """What distinguishes the point, flat: the columns that people plot against."""
+    m, config = point.method, point.config
+    factors = (m.l, m.r) if m.rank else (None, None)
+    bits = {f"{part}_bits": None if name is None else get_quantizer(name).bits for part, name in zip("lr", factors)}
+    names = {"model": config["model"]["name"], "method": config["method"]["name"], "rank": m.rank}
+    quantizers = {"q": m.q, "l": factors[0], "r": factors[1], "q_bits": get_quantizer(m.q).bits} | bits
+    text = {"calibration_tokens": config["calibration"]["sequences"] * config["calibration"]["length"]}
+    return names | quantizers | text | {"budget_bits": config["budget"]["bits"], "seed": m.seed}

@@ -1,0 +1,112 @@
+"""What a person sees while a point runs: a bar on a terminal, a line now and then elsewhere, and a log file a point."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EVERY = 10.0  # seconds between two lines about one stage, when the output is no terminal
+logger = logging.getLogger("caldera.sweeps")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@dataclass
+class Sweep:
+    """How far the sweep of this process is; an estimate of the rest from the points that took work."""
+
+    total: int = 1
+    begun: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def heading(self, name: str) -> str:
+        left = self.total - self.begun
+        estimate = (
+            f", sweep ends in about {clock(left * sum(self.seconds) / len(self.seconds))}" if self.seconds else ""
+        )
+        return f"point {self.begun}/{self.total}: {name}" + (estimate if self.seconds and left else "")
+
+
+SWEEP = Sweep()
+
+
+@dataclass
+class Reporter:
+    """Stages of one point: what is under way, how long each took, and where in the model the work is."""
+
+    name: str
+    timings: dict[str, float] = field(default_factory=dict)
+    stage_name: str = "start"
+    matrix: str | None = None
+    console: Console = field(default_factory=lambda: Console(file=sys.stdout, soft_wrap=True, highlight=False))
+
+    def say(self, text: str) -> None:
+        """One line for the person and the log."""
+        self.console.print(text, markup=False)
+        logger.info(text)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator["_Stage"]:
+        """Time a stage; calls to what it yields, with (done, total), show how far it is."""
+        self.stage_name, self.matrix, start = name, None, time.perf_counter()
+        bar = Progress(
+            TextColumn("  {task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        with bar:
+            yield _Stage(self, name, bar, bar.add_task(name, total=None), start)
+        self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+        self.say(f"  {name}: {clock(self.timings[name])}")
+
+
+@dataclass
+class _Stage:
+    reporter: Reporter
+    name: str
+    bar: Progress
+    task: int
+    start: float
+    last: float = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+        now = time.perf_counter()
+        self.last = self.last or self.start
+        if now - self.last < EVERY or done >= total or not done:
+            return
+        self.last = now
+        left = clock((now - self.start) * (total - done) / done)
+        line = f"  {self.name}: {done}/{total}, about {left} left"
+        logger.info(line) if self.reporter.console.is_terminal else self.reporter.say(line)
+
+    def at(self, matrix: str) -> None:
+        """Note which matrix is worked on, for the record of a failure."""
+        self.reporter.matrix = matrix
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Everything that is said, with times, in `path` too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

