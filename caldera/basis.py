@@ -1,6 +1,7 @@
 """What all matrices that receive the same input share: damped, transformed moments and their factorisations."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ class Basis:
     def n(self) -> int:
         return self.moments.shape[0]
 
-    @property
+    @cached_property
     def damped(self) -> Tensor:
+        """H~ + sigma I."""
         return self.moments + self.sigma * torch.eye(self.n, device=self.moments.device)
 
     def feedback(self, group: int) -> Tensor:

@@ -46,6 +46,16 @@ def pattern_lookup() -> np.ndarray:
 
 
 @cache
+def mask_lookup() -> np.ndarray:
+    """(4096,) index of a pattern by the mask of its 3/2 | (1 + place of its 5/2) << 8, as the compiled search has it."""
+    lookup = np.full(4096, -1, np.int32)
+    places = 1 << np.arange(8)
+    five = (patterns() == 2) @ np.arange(1, 9)
+    lookup[(patterns() == 1) @ places | five << 8] = np.arange(256)
+    return lookup
+
+
+@cache
 def e81_points() -> np.ndarray:
     """(256, 8) E8 points: the 112 roots with two entries +-1, the 128 of +-1/2 with even parity, 0, and 15 of norm 4."""
     pairs = np.zeros((112, 8), np.float32)
@@ -186,7 +196,7 @@ class E8P:
         from caldera.quantizers import _kernels
 
         kind = {2: _kernels.E8P, 3: _kernels.E8P_E81, 4: _kernels.E8P_E8P}[self.bits]
-        return (kind, np.float32(self.residual), pattern_lookup(), extra_halves(), np.zeros(1, np.float32))
+        return (kind, np.float32(self.residual), mask_lookup(), extra_halves(), np.zeros(1, np.float32))
 
     def fit(self, x: Tensor, symmetric: bool) -> tuple[Tensor, None]:
         """The scale that gives each granule of x (granules, values) the best standard deviation for a Gaussian."""
