@@ -6,9 +6,9 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from caldera.errors import UserError
+from caldera.errors import CalderaError, UserError
 from sweeps.grid import expand
-from sweeps.pipeline import finished
+from sweeps.pipeline import check_inputs, finished
 from sweeps.plan import Point, resolve
 from sweeps.progress import SWEEP
 from sweeps.store import read_json
@@ -23,6 +23,12 @@ class SweepCallback(Callback):
             try:
                 points.append(resolve(job))
             except UserError as error:
+                problems.append(str(error))
+        refuse(problems)
+        for point in {p.texts: p for p in points if not finished(p, p.name)}.values():
+            try:
+                check_inputs(point)
+            except CalderaError as error:
                 problems.append(str(error))
         refuse(problems)
         self.points = list({point.key: point for point in points}.values())

@@ -12,6 +12,7 @@ from caldera import Decomposition, Method, decompose, prepare
 from caldera.blocks import decoder_blocks, linears
 from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
 from sweeps.calibration import Moments
+from sweeps.progress import Stage
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer, as the source has them
 
@@ -24,7 +25,7 @@ def compress(
     target: Path,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Callable[[int, int], None],
+    progress: Stage,
 ) -> list[dict]:
     """Write the packed checkpoint of `model` (float32, from the folder `source`) to `target`.
 
@@ -37,7 +38,7 @@ def compress(
     name, blocks = decoder_blocks(model)
     summaries = []
     for index, block in enumerate(blocks):
-        found = compress_block(block, f"{name}.{index}", moments, index, method, device)
+        found = compress_block(block, f"{name}.{index}", moments, index, method, device, progress.at)
         write_matrices(target, block_file(index), [d.packed for d, _ in found])
         summaries += [summary(d, seconds) for d, seconds in found]
         progress(index + 1, len(blocks))
@@ -47,7 +48,7 @@ def compress(
 
 
 def compress_block(
-    block: nn.Module, name: str, moments: Moments, index: int, method: Method, device: torch.device
+    block: nn.Module, name: str, moments: Moments, index: int, method: Method, device: torch.device, at: Callable
 ) -> list[tuple[Decomposition, float]]:
     """Decompositions of a block's matrices, with seconds each; those that share moments share a basis."""
     layers, found = linears(block), []
@@ -57,6 +58,7 @@ def compress_block(
         h = loaded[group.name].to(device)
         basis = prepare(h, name=f"{name}.{group.name}", **options)
         for member in group.members:
+            at(f"{name}.{member}")
             start = time.perf_counter()
             weight = layers[member].weight.detach().to(device, torch.float32)
             result = decompose(weight, h, method, name=f"{name}.{member}", basis=basis)

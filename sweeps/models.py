@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from caldera.errors import UserError
+from caldera.errors import NumericalError, UserError
 from sweeps.paths import file_digest, to_disk
 
 CONVERTER = 1  # counts up when conversion changes what it writes
@@ -96,6 +96,26 @@ def tokenizer_digest(directory: Path, cache: Path) -> str:
     names = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
     files = {f for name in names for f in Path(directory).glob(name) if f.suffix in CONTENT}
     return _digest_of(sorted(files), Path(cache))
+
+
+def check_finite(directory: Path, cache: Path) -> None:
+    """Every stored weight is finite, read once for each checkpoint. Raises NumericalError naming the first that is not."""
+    import torch
+    from safetensors import safe_open
+
+    passed = Path(cache) / "finite" / fingerprint(directory, cache)
+    if passed.exists():
+        return
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                bad = (~torch.isfinite(opened.get_tensor(name))).sum().item()
+                if bad:
+                    raise NumericalError(
+                        f"model {directory}: {name} has {bad} NaN or infinite values: repair the weights"
+                    )
+    passed.parent.mkdir(parents=True, exist_ok=True)
+    passed.touch()
 
 
 def _digest_of(files: list[Path], cache: Path) -> str:

@@ -54,7 +54,6 @@ def _commit(point: Point, record: dict, folder: Path) -> None:
 
 
 def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
-    _check_texts(point)
     baseline = run_baseline(point, reporter)
     matrices = _compress(point, reporter, folder / "checkpoint")
     with reporter.stage("load"):
@@ -135,10 +134,12 @@ def _evaluate(point: Point, reporter: Reporter, model) -> dict:
         return metrics | run_tasks(model, _tokenizer(point.checkpoint), list(settings["tasks"]), **options)
 
 
-def _check_texts(point: Point) -> None:
-    """Both texts are long enough and share no document. Raises UserError before any long work."""
+def check_inputs(point: Point) -> None:
+    """Weights are finite, both texts are long enough and share no document. Raises an error before any long work."""
+    from sweeps.models import check_finite
     from sweeps.texts import check_no_overlap, load_texts
 
+    check_finite(point.checkpoint, point.cache)
     settings = point.config["calibration"]
     _rows(point, "calibration")
     _rows(point, "evaluation")

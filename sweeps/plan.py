@@ -15,8 +15,10 @@ from caldera.quantizers import HALVES, get_quantizer
 from sweeps.evaluate import check_tasks
 from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
 from sweeps.paths import default_cache
+from sweeps.schema import Config
 from sweeps.store import digest, require_writable
 from sweeps.texts import text_digest
+from sweeps.trackers import check_tracker
 
 FIT_VERSION = 1  # counts up when the same settings give another checkpoint
 
@@ -43,6 +45,11 @@ class Point:
         return digest([stored, self.evaluation_key])
 
     @property
+    def texts(self) -> str:
+        """What the inputs of calibration and evaluation depend on."""
+        return digest([self.model_key, self.moments_key, self.evaluation_key])
+
+    @property
     def baseline_key(self) -> str:
         return digest([self.model_key, self.evaluation_key])
 
@@ -51,12 +58,12 @@ class Point:
         """Readable, and unique by the key."""
         m = self.method
         factors = [f"l_{m.l}", f"r_{m.r}"] if m.rank else []
-        parts = [Path(self.config["model"]["name"]).name, self.config["method"]["name"], f"r{m.rank}", m.q, *factors]
+        parts = [self.config["model"]["name"], self.config["method"]["name"], f"r{m.rank}", m.q, *factors]
         return "-".join([*parts, self.key[:8]])
 
     @property
     def baseline_name(self) -> str:
-        return f"{Path(self.config['model']['name']).name}-uncompressed-{self.baseline_key[:8]}"
+        return f"{self.config['model']['name']}-uncompressed-{self.baseline_key[:8]}"
 
     @property
     def cache(self) -> Path:
@@ -69,11 +76,16 @@ class Point:
 
 def resolve(cfg: DictConfig) -> Point:
     """The point that a configuration describes. Raises UserError naming field, value and remedy."""
+    _check_keys(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} has no value: set it, for example {missing[0]}=...")
     config = OmegaConf.to_container(cfg, resolve=True)
+    if not (config["model"]["path"] or config["model"]["gguf_package"]):
+        raise UserError("model.path is empty: set model.path to a model's folder, a .gguf file or a hub id")
+    config["model"]["name"] = config["model"]["name"] or Path(config["model"]["path"] or "").name
     _check_numbers(config)
+    check_tracker(config["tracker"])
     require_writable(Path(config["results"]), "results")
     cache = cache_of(config)
     require_writable(cache, "cache")
@@ -83,13 +95,27 @@ def resolve(cfg: DictConfig) -> Point:
     directory = checkpoint_dir(source, cache)
     shapes = inventory(directory, cache, source.trust_remote_code)
     method = _fitted(method, config, shapes)
-    for name, shape in shapes.items():
-        method.spec(tuple(shape), name)
+    _check_rank(method.rank, shapes)
     device, dtype = placement(config["compute"])
     model_key = fingerprint(directory, cache)
     keys = {"moments_key": _moments_key(config, model_key, dtype), "evaluation_key": _evaluation_key(config, dtype)}
     tokenizer = tokenizer_digest(directory, cache)
     return Point(config, method, directory, tokenizer, dtype, device, **keys, model_key=model_key, inventory=shapes)
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """An override with a leading + may add any key; only those of the schema are settings."""
+    schema = OmegaConf.structured(Config)
+    extra = [key for key in cfg if key not in schema.keys()]
+    extra += [
+        f"{group}.{key}"
+        for group in schema
+        if OmegaConf.is_dict(schema[group])
+        for key in cfg[group]
+        if key not in schema[group].keys()
+    ]
+    if extra:
+        raise UserError(f"{extra[0]} is no setting: remove it, or see conf/ for those there are")
 
 
 def cache_of(config: dict) -> Path:
@@ -109,11 +135,16 @@ def _method(config: dict) -> Method:
     settings = {f.name: config["method"][f.name] for f in fields(Method) if f.name in config["method"]}
     names = {part: quantizer_name(part, config[part]) for part in "qlr"}
     rank, bits = config["rank"]["k"], config["budget"]["bits"]
+    if rank is not None and rank < 0:
+        raise UserError(f"rank.k={rank} must be a whole number of at least 0")
     if bits is not None and rank:
         raise UserError(f"rank.k={rank} and budget.bits={bits} are both set: leave rank.k=0 for a budget to choose it")
     if rank is None and bits is None:
         raise UserError("rank.k is null and no budget is set: give rank.k=... or budget=uniform budget.bits=...")
-    return Method(rank=rank or 0, seed=config["seed"], **names, **settings)
+    try:
+        return Method(rank=rank or 0, seed=config["seed"], **names, **settings)
+    except UserError as error:
+        raise UserError(f"method.{error}") from error
 
 
 def quantizer_name(part: str, settings: dict) -> str:
@@ -127,6 +158,13 @@ def quantizer_name(part: str, settings: dict) -> str:
     except UserError as error:
         raise UserError(f"{part}: {error}") from error
     return name
+
+
+def _check_rank(rank: int, shapes: dict[str, list[int]]) -> None:
+    name, shape = min(shapes.items(), key=lambda item: min(item[1]))
+    if rank > min(shape):
+        sides = " x ".join(map(str, shape))
+        raise UserError(f"rank.k={rank} exceeds the smaller side of {name} ({sides}): use at most {min(shape)}")
 
 
 def _source(model: dict) -> ModelSource:

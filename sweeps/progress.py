@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +30,18 @@ class Sweep:
     begun: int = 0
     seconds: list[float] = field(default_factory=list)
 
-    def heading(self, name: str) -> str:
-        left = self.total - self.begun
-        estimate = (
-            f", sweep ends in about {clock(left * sum(self.seconds) / len(self.seconds))}" if self.seconds else ""
-        )
-        return f"point {self.begun}/{self.total}: {name}" + (estimate if self.seconds and left else "")
+    @contextmanager
+    def point(self) -> Iterator[Callable[[str], str]]:
+        """Count and time a point; what it yields makes the point's headline."""
+        self.begun += 1
+        start = time.perf_counter()
+        yield self._heading
+        self.seconds.append(time.perf_counter() - start)
+
+    def _heading(self, name: str) -> str:
+        left = self.total - self.begun + 1
+        estimate = f", about {clock(left * sum(self.seconds) / len(self.seconds))} to the end" if self.seconds else ""
+        return f"point {self.begun}/{self.total}: {name}{estimate}"
 
 
 SWEEP = Sweep()
@@ -57,7 +63,7 @@ class Reporter:
         logger.info(text)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator["_Stage"]:
+    def stage(self, name: str) -> Iterator["Stage"]:
         """Time a stage; calls to what it yields, with (done, total), show how far it is."""
         self.stage_name, self.matrix, start = name, None, time.perf_counter()
         bar = Progress(
@@ -66,13 +72,13 @@ class Reporter:
             console=self.console, transient=True, disable=not self.console.is_terminal,
         )  # fmt: skip
         with bar:
-            yield _Stage(self, name, bar, bar.add_task(name, total=None), start)
+            yield Stage(self, name, bar, bar.add_task(name, total=None), start)
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
         self.say(f"  {name}: {clock(self.timings[name])}")
 
 
 @dataclass
-class _Stage:
+class Stage:
     reporter: Reporter
     name: str
     bar: Progress

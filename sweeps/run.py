@@ -1,21 +1,23 @@
 """`caldera-run`: a Hydra application whose task is one point. Configuration errors are one sentence and exit code 1."""
 
+import difflib
 import os
+import re
 import sys
-import time
+from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach main(), which words them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from caldera.errors import CalderaError
-from sweeps.schema import register
+from caldera.errors import CalderaError, UserError
+from sweeps.schema import Config, register
 
 register()
 
@@ -23,53 +25,74 @@ register()
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
 def app(cfg: DictConfig) -> None:
     """One point. In a multirun a failed point is recorded and the next one follows."""
-    from pathlib import Path
+    single = HydraConfig.get().mode == RunMode.RUN
+    try:
+        _run(cfg, single)
+    except CalderaError as error:
+        if single:
+            stop(error)
 
+
+def _run(cfg: DictConfig, single: bool) -> None:
     from sweeps.callback import show
-    from sweeps.pipeline import finished, run_point
+    from sweeps.pipeline import check_inputs, finished, run_point
     from sweeps.plan import resolve
     from sweeps.progress import SWEEP, Reporter
 
-    single = HydraConfig.get().mode == RunMode.RUN
     point = resolve(cfg)
     if point.config["compute"]["threads"]:
         import torch
 
         torch.set_num_threads(point.config["compute"]["threads"])
-    reporter, start = Reporter(point.name), time.perf_counter()
+    reporter = Reporter(point.name)
     if finished(point, point.name):
         reporter.say(f"{point.name}: done before")
     else:
-        SWEEP.begun += 1
-        reporter.say(SWEEP.heading(point.name))
-    try:
-        run_point(point, reporter)
-    except Exception as error:
-        if single:
-            raise
-        reporter.say(f"  failed: {error}")
-    SWEEP.seconds.append(time.perf_counter() - start)
+        check_inputs(point)
+        with SWEEP.point() as heading:
+            reporter.say(heading(point.name))
+            run_point(point, reporter)
     if single:
         show(Path(point.config["results"]))
 
 
 def sentence(error: Exception) -> str:
-    """An error in one line; Hydra's and OmegaConf's messages are cut to what the user can act on."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    keep = [line for line in lines if not line.startswith(("To append", "full_key", "object_type", "reference_type"))]
-    keys = [line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")]
-    text = " ".join(dict.fromkeys(keep))
-    return f"{keys[0]}: {text}" if keys and keys[0] not in text else text
+    """An error of ours, of Hydra or of OmegaConf in one line that names the field, the value and the remedy."""
+    if isinstance(error, CalderaError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, value = (error.missing_cfg_file or "").rpartition("/")
+        near = difflib.get_close_matches(value, error.options, 3, 0.3) or sorted(error.options)
+        return f"{group}={value} is not known; the nearest names are {', '.join(near)}"
+    text = " ".join(line.strip() for line in str(error.__cause__ or error).splitlines()[:1])
+    if match := re.search(r"Could not override '([\w.]+)'|Key '(\w+)'", f"{error} {text}"):
+        near = difflib.get_close_matches(match[1] or match[2], _known_keys(), 3, 0.4)
+        return f"{match[1] or match[2]} is no setting; the nearest are {', '.join(near) or 'in conf/'}"
+    return text if str(error) in text else f"{str(error).splitlines()[0]}: {text}"
+
+
+def _known_keys() -> list[str]:
+    nested = OmegaConf.to_container(OmegaConf.structured(Config))
+    groups = {group: value for group, value in nested.items() if isinstance(value, dict)}
+    return [*nested, *(f"{group}.{key}" for group, value in groups.items() for key in value)]
+
+
+def stop(error: Exception) -> None:
+    """Print one sentence and exit with 1."""
+    print(f"caldera-run: {sentence(error)}", file=sys.stderr)
+    raise SystemExit(1) from None
 
 
 def main() -> None:
     """Console script."""
     try:
         app()
-    except (CalderaError, HydraException, OmegaConfBaseException, PermissionError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, CalderaError) else error
-        print(f"caldera-run: {sentence(cause)}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except (CalderaError, HydraException, OmegaConfBaseException) as error:
+        stop(error)
+    except OSError as error:  # Hydra makes the results folder before any code of ours runs
+        stop(
+            UserError(f"{error.filename} cannot be written to ({error.strerror}): choose another folder by results=...")
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 class ModelConfig:
     """A causal LM: a local folder or hub id in `path`, or a GGUF file that an installed package carries."""
 
-    name: str = MISSING
+    name: str | None = None  # null: the last part of the path
     path: str | None = None
     gguf_package: str | None = None
     gguf_file: str | None = None

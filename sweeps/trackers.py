@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from caldera.errors import UserError
+
 logger = logging.getLogger("caldera.sweeps")
 
 
@@ -37,6 +39,13 @@ def wandb_tracker(record: dict, config: dict, folder: Path) -> None:
 
 
 TRACKERS: dict[str, Callable[[dict, dict, Path], None]] = {"wandb": wandb_tracker, "none": lambda *_: None}
+
+
+def check_tracker(config: dict) -> None:
+    """Raises UserError for a tracker or a mode that does not exist."""
+    for field, known in (("name", tuple(TRACKERS)), ("mode", ("offline", "online", "disabled"))):
+        if config[field] not in known:
+            raise UserError(f"tracker.{field}={config[field]!r} must be one of {', '.join(known)}")
 
 
 def track(record: dict, config: dict, folder: Path) -> None:
