@@ -36,19 +36,19 @@ class SweepCallback(Callback):
         print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        failed = [r for r in map(_record, self.points) if r is None or r["status"] != "done"]
         show(Path(self.points[0].config["results"]))
-        for record in failed:
-            print(
-                f"failed: {record['name'] + ': ' + record['error']['message'] if record else 'a point without a record'}"
-            )
+        failed = [
+            name for name, record in ((p.name, _record(p)) for p in self.points) if record.get("status") != "done"
+        ]
+        for name in failed:
+            print(f"failed: {name}, see its record.json and log.txt", file=sys.stderr)
         if failed:
             raise SystemExit(1)
 
 
-def _record(point: Point) -> dict | None:
+def _record(point: Point) -> dict:
     file = point.folder(point.name) / "record.json"
-    return read_json(file) if file.is_file() else None
+    return read_json(file) if file.is_file() else {}
 
 
 def refuse(problems: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach main(), which words them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not take cores from those that work
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,9 +29,12 @@ def app(cfg: DictConfig) -> None:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         _run(cfg, single)
-    except CalderaError as error:
-        if single:
+    except Exception as error:  # whatever it is, the other points of a multirun go on
+        if single and isinstance(error, CalderaError):
             stop(error)
+        if single:
+            raise
+        print(f"  failed: {sentence(error)}", file=sys.stderr, flush=True)
 
 
 def _run(cfg: DictConfig, single: bool) -> None:
@@ -57,9 +61,9 @@ def _run(cfg: DictConfig, single: bool) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """An error of ours, of Hydra or of OmegaConf in one line that names the field, the value and the remedy."""
-    if isinstance(error, CalderaError):
-        return str(error)
+    """An error in one line; Hydra's and OmegaConf's are worded so that they name the field, the value and the remedy."""
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return str(error) or type(error).__name__
     if isinstance(error, MissingConfigException) and error.options:
         group, _, value = (error.missing_cfg_file or "").rpartition("/")
         near = difflib.get_close_matches(value, error.options, 3, 0.3) or sorted(error.options)

@@ -1,0 +1,156 @@
+"""Nothing reads a value on the host or mixes devices: the numerics run on tensors that have a device but no data.
+
+A run that ends proves it: reading a fake tensor's value raises, and so does an operation across two devices.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from caldera import Method, decompose, get_quantizer, prepare, quantizer_names
+from caldera.devices import constant, is_fake, read
+from caldera.ldlq import ldlq, tune
+from caldera.lowrank import top_subspace
+from caldera.moments import Accumulator
+from caldera.quantizers.e8p import patterns
+from tests.caldera.oracles import basis_of, gaussian
+
+# A build of torch without CUDA cannot even index a fake CUDA tensor, for want of a device guard. To code that never
+# asks for a kind of device, "lazy" is one like any other: not the host, and no host tensor may meet its tensors.
+DEVICE = "cuda" if torch.backends.cuda.is_built() else "lazy"
+NAMES = [*quantizer_names(), "e8p_2bit_row", "e8p_3bit_g64", "uniform_3bit_g32", "uniform_asym_4bit_g64", "nf_4bit_row"]
+
+
+@pytest.fixture
+def fake():
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=DEVICE)
+
+
+def on_device(*tensors: torch.Tensor) -> bool:
+    return all(isinstance(t, FakeTensor) and t.device.type == DEVICE for t in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------ the proof
+def test_a_read_or_a_mixture_would_be_noticed(fake):
+    with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+        float(empty(3).sum())
+    with pytest.raises(RuntimeError, match="two different devices"):
+        empty(3) + torch.ones(3)
+
+
+def test_reading_is_nan_in_a_dry_run(fake):
+    assert is_fake(empty(3)) and read(empty(3).sum()) != read(empty(3).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------- the numerics
+@pytest.mark.parametrize("name", NAMES)
+def test_quantizers_stay_on_the_device(name, fake):
+    quantizer, x = get_quantizer(name), empty(24, 100)
+    scales = quantizer.fit(x)
+    codes = quantizer.encode(x, scales)
+    values = quantizer.decode(codes, scales, 100)
+    tensors = quantizer.pack(codes, scales)
+    assert {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()} == quantizer.layout(24, 100)
+    unpacked = quantizer.unpack(tensors, 24, 100)
+    assert values.shape == unpacked.shape == (24, 100)
+    assert on_device(codes, values, unpacked, *tensors.values())
+
+
+@pytest.mark.parametrize("transformed", [True, False])
+def test_preparation_stays_on_the_device(transformed, fake):
+    basis = prepare(empty(96, 96), name="x", transformed=transformed)
+    assert on_device(basis.moments, basis.chol, basis.damped, basis.feedback(8), basis.block_inverses(8))
+    assert on_device(basis.forward(empty(24, 96), "w")) and basis.forward(empty(24, 96), "w").shape == (24, 96)
+
+
+@pytest.mark.parametrize("n", [96, 150])
+@pytest.mark.parametrize("q", ["e8p_2bit", "uniform_4bit", "uniform_asym_4bit_g32", "bf16"])
+def test_rounding_with_feedback_stays_on_the_device(q, n, fake):
+    basis, quantizer, weight = prepare(empty(n, n), name="x"), get_quantizer(q), empty(24, n)
+    found = ldlq(weight, basis, quantizer)
+    tuned = tune(weight, basis, quantizer, found, 1)
+    assert on_device(found.codes, found.values, tuned.codes, tuned.values) and tuned.values.shape == (24, n)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 0},
+        {"rank": 0, "q": "uniform_4bit"},
+        {"rank": 0, "q": "nf_4bit_g64"},
+        {"rank": 0, "transform": False, "tune_passes": 1},
+        {"rank": 4},
+        {"rank": 4, "q": "uniform_4bit", "l": "uniform_4bit", "r": "nf_2bit_row"},
+        {"rank": 4, "l": "bf16", "r": "e8p_2bit", "order": "q_first", "warm_start": False},
+        {"rank": 4, "q": "none", "l": "bf16", "r": "bf16"},
+        {"rank": 4, "transform": False, "rotate": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("m", "n"), [(24, 40), (60, 90)])  # the dense SVD and the randomized one
+def test_decomposition_stays_on_the_device(m, n, settings, fake):
+    method = Method(outer_iterations=2, inner_iterations=2, **settings)
+    found = decompose(empty(m, n), empty(n, n), method)
+    assert on_device(*found.packed.tensors.values(), found.dequantize())
+    assert {k: (tuple(t.shape), t.dtype) for k, t in found.packed.tensors.items()} == found.spec.layout()
+    assert found.dequantize().shape == (m, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_stay_on_the_device(dtype, fake):
+    accumulator = Accumulator.zeros(50, torch.device(DEVICE))
+    accumulator.add(empty(2, 7, 50, dtype=dtype))
+    assert on_device(accumulator.total, accumulator.mean()) and accumulator.tokens == 14
+
+
+def test_randomized_subspace_stays_on_the_device(fake):
+    assert on_device(*top_subspace(empty(200, 300), 8, torch.Generator().manual_seed(0)))
+
+
+# ----------------------------------------------------------------------------------------------------------- dry runs
+def test_a_dry_run_leaves_nothing_behind():
+    """Tables built while tensors are fake must not be met by real ones later, nor real ones by fake."""
+    book, x = get_quantizer("e8p_2bit").codebook, gaussian(50, 8)
+    before = book.encode(x)
+    with FakeTensorMode():
+        assert on_device(book.encode(empty(50, 8)))
+    assert torch.equal(book.encode(x), before)
+    with FakeTensorMode() as mode:
+        book.encode(mode.from_tensor(x))
+
+
+@pytest.mark.parametrize("name", ["nf_3bit", "uniform_7bit", "e8p_4bit"])
+def test_the_first_use_of_a_quantizer_may_be_a_dry_run(name):
+    """A fresh process that plans before it computes: lazily built tables are real all the same."""
+    import subprocess
+    import sys
+
+    script = f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from caldera import get_quantizer
+quantizer = get_quantizer({name!r})
+with FakeTensorMode():
+    quantizer.round(torch.empty(8, 16, device={DEVICE!r}))
+assert quantizer.round(torch.ones(8, 16)).isfinite().all()
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_constants_are_copied_once_a_device():
+    x = torch.zeros(1)
+    assert constant(patterns, x) is constant(patterns, x)
+
+
+def test_real_and_fake_runs_have_the_same_shapes():
+    basis, weight = basis_of(40), gaussian(24, 40)
+    real = decompose(weight, basis.moments, Method(rank=4, outer_iterations=1, inner_iterations=1))
+    with FakeTensorMode():
+        dry = decompose(empty(24, 40), empty(40, 40), Method(rank=4, outer_iterations=1, inner_iterations=1))
+    assert {k: t.shape for k, t in real.packed.tensors.items()} == {k: t.shape for k, t in dry.packed.tensors.items()}

@@ -1,0 +1,234 @@
+"""Blocks, shared inputs and second moments, seen on models of three families without knowing their names."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from caldera.blocks import Stream, decoder_blocks, input_groups, linears
+from caldera.errors import NumericalError, UserError
+from caldera.moments import Accumulator, collect
+from tests.caldera import tiny_models
+from tests.caldera.oracles import gaussian
+
+GROUPS = {
+    "llama": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
+    ],
+    "qwen2": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
+    ],
+    "neox": [("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=tiny_models.FAMILIES)
+def family(request):
+    return request.param, tiny_models.FAMILIES[request.param]()
+
+
+@pytest.fixture
+def llama():
+    return tiny_models.llama()
+
+
+def block_outputs(model, rows) -> list[torch.Tensor]:
+    """What every block returns in plain forward passes of the whole model."""
+    outputs, (_, blocks) = [], decoder_blocks(model)
+
+    def keep(_module, _args, out):
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    with torch.inference_mode():
+        model(rows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def layer_inputs(model, rows) -> dict[str, torch.Tensor]:
+    """(tokens, width) of every linear layer by its full name, in plain forward passes."""
+    inputs = {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+    def keep(name):
+        return lambda _module, args: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]).clone())
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    with torch.inference_mode():
+        model(rows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+def test_blocks_are_found_whatever_their_name(family):
+    name, blocks = decoder_blocks(family[1])
+    assert name == {"neox": "gpt_neox.layers"}.get(family[0], "model.layers")
+    assert len(blocks) == tiny_models.LAYERS
+    assert set(linears(blocks[0])) == {member for group in GROUPS[family[0]] for member in group}
+
+
+def test_a_model_without_linear_blocks_is_refused():
+    """GPT-2 keeps its matrices in Conv1D, which are stored the other way round."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no list of decoder blocks with linear layers"):
+        decoder_blocks(model)
+
+
+def test_the_longest_outermost_list_is_the_decoder():
+    expert = lambda: nn.ModuleList([nn.Linear(4, 4) for _ in range(9)])  # noqa: E731
+    block = lambda: nn.ModuleDict({"experts": expert()})  # noqa: E731
+    model = nn.ModuleDict({"vision": nn.ModuleList([nn.Linear(4, 4)] * 2), "text": nn.ModuleList([block() for _ in range(3)])})
+    assert decoder_blocks(model)[0] == "text"
+
+
+# --------------------------------------------------------------------------------------------------------------- stream
+def test_stream_advances_as_the_model_does(family):
+    model, rows = family[1], tiny_models.token_rows()
+    expected, (_, blocks) = block_outputs(model, rows), decoder_blocks(model)
+    stream = Stream.open(model, rows)
+    assert [tuple(h.shape) for h in stream.hidden] == [(1, 20, tiny_models.WIDTH)] * 3
+    for index, block in enumerate(blocks):
+        stream.advance(block, index)
+        torch.testing.assert_close(torch.cat(stream.hidden), expected[index], rtol=1e-4, atol=1e-4)
+
+
+def test_stream_ends_in_the_models_hidden_states(llama):
+    rows = tiny_models.token_rows()
+    with torch.inference_mode():
+        states = llama(rows, output_hidden_states=True, use_cache=False).hidden_states
+    stream = Stream.open(llama, rows)
+    torch.testing.assert_close(torch.cat(stream.hidden), states[0])
+    for index, block in enumerate(llama.model.layers):
+        stream.advance(block, index)
+    torch.testing.assert_close(llama.model.norm(torch.cat(stream.hidden)), states[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_stream_reports_every_row_and_leaves_no_hook(llama):
+    done = []
+    stream = Stream.open(llama, tiny_models.token_rows(4))
+    stream.advance(llama.model.layers[0], 0, done.append)
+    groups = input_groups(llama.model.layers[1], stream, 1)
+    collect(llama.model.layers[1], stream, 1, groups, "model.layers.1", done.append)
+    assert done == [1] * 8
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in llama.modules())
+
+
+def test_no_hook_stays_when_a_block_fails(llama):
+    stream = Stream.open(llama, tiny_models.token_rows(1))
+    groups = input_groups(llama.model.layers[0], stream, 0)
+    stream.hidden[0] = torch.zeros(1, 20, 7)  # a width that no layer takes
+    with pytest.raises(RuntimeError):
+        collect(llama.model.layers[0], stream, 0, groups, "x")
+    assert not any(m._forward_pre_hooks for m in llama.modules())
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+def test_shared_inputs_are_seen_without_names(family):
+    name, model = family
+    stream, (_, blocks) = Stream.open(model, tiny_models.token_rows()), decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        groups = input_groups(block, stream, index)
+        assert sorted(g.members for g in groups) == sorted(GROUPS[name])
+        assert all(g.name == g.members[0] and g.width == linears(block)[g.name].in_features for g in groups)
+        stream.advance(block, index)
+
+
+def test_looking_for_groups_does_not_advance_the_stream(llama):
+    stream = Stream.open(llama, tiny_models.token_rows())
+    before = [h.clone() for h in stream.hidden]
+    input_groups(llama.model.layers[0], stream, 0)
+    assert all(torch.equal(a, b) for a, b in zip(stream.hidden, before))
+
+
+class Branches(nn.Module):
+    """Two layers on equal but separate tensors, two on views of one with other shapes, and one that is never reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.unreached = (nn.Linear(8, 8) for _ in range(5))
+        self.part = nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.part(x[..., :4])
+        return self.a(x) + self.b(x.clone()) + self.c(x) + self.d(x.clone())
+
+
+def test_equal_tensors_are_not_one_tensor():
+    stream = Stream([gaussian(1, 5, 8)], [{}])
+    groups = input_groups(Branches(), stream, 0)
+    assert [g.members for g in groups] == [("part",), ("a", "c"), ("b",), ("d",)]
+
+
+# -------------------------------------------------------------------------------------------------------------- moments
+def test_collected_moments_are_the_mean_of_x_xt(family):
+    """In float64, from inputs captured in plain forward passes: rank-one sums in the definition's order."""
+    model, rows = family[1], tiny_models.token_rows(5, 24)
+    prefix, blocks = decoder_blocks(model)
+    inputs, stream = layer_inputs(model, rows), Stream.open(model, rows)
+    for index, block in enumerate(blocks):
+        groups = input_groups(block, stream, index)
+        found = collect(block, stream, index, groups, f"{prefix}.{index}")
+        assert set(found) == {g.name for g in groups}
+        for group in groups:
+            for member in group.members:
+                x = inputs[f"{prefix}.{index}.{member}"].double()
+                expected = torch.einsum("ti,tj->ij", x, x) / len(x)
+                accumulated = found[group.name]
+                assert accumulated.tokens == 5 * 24
+                torch.testing.assert_close(accumulated.mean().double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_collecting_advances_the_stream(llama):
+    rows = tiny_models.token_rows()
+    one, two = Stream.open(llama, rows), Stream.open(llama, rows)
+    block = llama.model.layers[0]
+    one.advance(block, 0)
+    collect(block, two, 0, input_groups(block, two, 0), "x")
+    assert all(torch.equal(a, b) for a, b in zip(one.hidden, two.hidden))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 37, 64])
+def test_accumulator_at_every_width(n):
+    """H is computed in strips of its lower triangle; widths need not be multiples of their number."""
+    accumulator = Accumulator.zeros(n, torch.device("cpu"))
+    x = gaussian(50, n)
+    accumulator.add(x[:20].reshape(2, 10, n))
+    accumulator.add(x[20:])
+    mean = accumulator.mean()
+    assert accumulator.tokens == 50 and torch.equal(mean, mean.T)
+    torch.testing.assert_close(mean, x.T @ x / 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_accumulator_sums_in_float32(dtype):
+    accumulator = Accumulator.zeros(8, torch.device("cpu"))
+    x = (100 * gaussian(400, 8)).to(dtype)  # sums of squares beyond float16
+    before = x.clone()
+    accumulator.add(x)
+    assert accumulator.total.dtype == torch.float32 and torch.equal(x, before)
+    torch.testing.assert_close(accumulator.mean().double(), x.double().T @ x.double() / 400, rtol=1e-4, atol=1.0)
+
+
+def test_an_accumulator_without_tokens_is_zero():
+    assert torch.equal(Accumulator.zeros(4, torch.device("cpu")).mean(), torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_activation_that_is_not_finite_names_block_and_layer(llama, bad):
+    model = copy.deepcopy(llama)
+    model.model.layers[1].self_attn.v_proj.bias[3] = bad  # so that o_proj is the first to see it
+    stream = Stream.open(model, tiny_models.token_rows())
+    block = model.model.layers[0]
+    collect(block, stream, 0, input_groups(block, stream, 0), "model.layers.0")
+    block = model.model.layers[1]
+    groups = input_groups(block, stream, 1)
+    with pytest.raises(NumericalError, match=r"^model\.layers\.1\.self_attn\.o_proj: its input .* NaN or infinity"):
+        collect(block, stream, 1, groups, "model.layers.1")
