@@ -1,7 +1,7 @@
 """A causal LM seen as a chain of decoder blocks, whatever its family: where they are, what is linear in them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -94,10 +94,8 @@ def _hooked(pairs) -> Iterator[None]:
 
 
 def _until_stop(model: nn.Module, row: Tensor) -> None:
-    try:
+    with suppress(_Stop):
         model(row, use_cache=False)
-    except _Stop:
-        pass
 
 
 @torch.inference_mode()

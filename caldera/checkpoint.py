@@ -39,9 +39,10 @@ def write_rest(directory: Path, state: dict[str, Tensor], compressed: set[str], 
     """Commit all tensors that are not compressed weights, floating ones as `dtype`; shared tensors once."""
     seen, rest = set(), {}
     for name, tensor in state.items():
-        if (name.removesuffix(".weight") in compressed and name.endswith(".weight")) or tensor.data_ptr() in seen:
+        same = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if (name.endswith(".weight") and name.removesuffix(".weight") in compressed) or same in seen:
             continue
-        seen.add(tensor.data_ptr())
+        seen.add(same)
         rest[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
     with committed(directory / REST) as part:
         save_file(rest, part, metadata={"format": "pt"})
@@ -52,7 +53,7 @@ def write_manifest(directory: Path, details: dict) -> None:
     shards = sorted(directory.glob("model-*.safetensors"))
     matrices = {s["name"]: s for shard in shards for s in _specs(shard)}
     files = {
-        f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(directory.iterdir()) if f.is_file()
+        f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(directory.glob("[!.]*")) if f.is_file()
     }
     files.pop(MANIFEST, None)
     write_json(
@@ -70,7 +71,12 @@ def read_manifest(directory: Path, verify: bool = True) -> dict:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {MANIFEST}: it is no finished CALDERA checkpoint")
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): it was cut short or changed") from error
+    if not isinstance(manifest, dict) or not {"format", "version", "matrices", "files"} <= set(manifest):
+        raise CheckpointError(f"{path} is no whole manifest of a checkpoint: it was cut short or changed")
     if manifest.get("format") != "caldera" or manifest.get("version", 0) > VERSION:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')!r} version {manifest.get('version')} is not known here"

@@ -57,6 +57,10 @@ class Method:
             raise UserError(f"sigma={self.sigma!r} must be above 0 and at most 1 (the mean diagonal of H)")
         for name in (self.q, self.l, self.r):
             name == "none" or get_quantizer(name)
+        if self.rank and "none" in (self.l, self.r):
+            raise UserError(f"rank={self.rank} needs both factors: give l and r a quantizer, or set rank=0")
+        if not self.rank and self.q == "none":
+            raise UserError("q='none' with rank=0 leaves nothing of the matrix: give q a quantizer or set a rank")
 
     def spec(self, shape: tuple[int, int], name: str = "matrix", input_name: str = "input") -> MatrixSpec:
         """What a matrix of that shape becomes. Raises UserError when the rank exceeds its smaller side."""
@@ -121,9 +125,18 @@ def decompose(
     `basis`, from `prepare`, is shared by matrices with the same inputs. Raises UserError for a rank above
     min(m, n), NumericalError for NaN, infinity, or moments that cannot be factorised, naming the matrix.
     """
+    weight, moments = weight.detach(), moments.detach()
+    if weight.dim() != 2 or moments.shape != (weight.shape[1],) * 2:
+        shapes = f"{tuple(weight.shape)} and {tuple(moments.shape)}"
+        raise UserError(f"{name}: W and H have shapes {shapes}; they must be (m, n) and (n, n)")
     require_finite(weight, f"{name}: weights")
     if basis is None:
         basis = prepare(moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
+    if (basis.n, basis.seed, basis.transformed) != (weight.shape[1], method.seed, method.transform):
+        raise UserError(
+            f"{name}: its basis was prepared for n={basis.n}, seed={basis.seed}, transformed={basis.transformed}; the"
+            f" matrix and the method have n={weight.shape[1]}, seed={method.seed}, transform={method.transform}"
+        )
     spec = method.spec(tuple(weight.shape), name, basis.name)
     loop = _Loop(basis.forward(weight, name), basis, method, name)
     loop.run()

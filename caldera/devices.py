@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,6 +42,6 @@ def over_rows(kernel: Callable[..., None], rows: int, *arguments) -> None:
     edges = [rows * i // parts for i in range(parts + 1)]
     if parts == 1:
         return kernel(*arguments, 0, rows)
-    jobs = [_pool(parts).submit(kernel, *arguments, *pair) for pair in zip(edges, edges[1:])]
+    jobs = [_pool(parts).submit(kernel, *arguments, *pair) for pair in pairwise(edges)]
     for job in jobs:
         job.result()

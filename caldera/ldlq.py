@@ -44,7 +44,7 @@ def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | No
 
 def tune(weight: Tensor, basis: Basis, quantizer: Quantizer, start: Rounded, passes: int) -> Rounded:
     """`passes` passes of coordinate descent from `start`; the damped loss never rises."""
-    m, n = weight.shape
+    n = weight.shape[1]
     short = -n % quantizer.group
     work, values, codes = pad(weight, (0, short)), pad(start.values, (0, short)).contiguous(), start.codes.clone()
     moments, inverses = padded(basis.damped, quantizer.group), basis.block_inverses(quantizer.group)

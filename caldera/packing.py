@@ -25,6 +25,6 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     data = data.to(torch.int64)
     if bits % 8 == 0:
         shifts = torch.arange(0, bits, 8, device=data.device)
-        return (data.reshape(count, -1) << shifts).sum(1)
+        return (data.reshape(count, bits // 8) << shifts).sum(1)
     stream = ((data[:, None] >> torch.arange(8, device=data.device)) & 1).reshape(-1)[: count * bits]
     return (stream.reshape(count, bits) << torch.arange(bits, device=data.device)).sum(1)

@@ -99,7 +99,7 @@ def tokenizer_digest(directory: Path, cache: Path) -> str:
 
 
 def check_finite(directory: Path, cache: Path) -> None:
-    """Every stored weight is finite, read once for each checkpoint. Raises NumericalError naming the first that is not."""
+    """Raises NumericalError naming the first tensor with NaN or infinity; a checkpoint is read once."""
     import torch
     from safetensors import safe_open
 

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -105,17 +105,18 @@ def resolve(cfg: DictConfig) -> Point:
 
 def _check_keys(cfg: DictConfig) -> None:
     """An override with a leading + may add any key; only those of the schema are settings."""
-    schema = OmegaConf.structured(Config)
-    extra = [key for key in cfg if key not in schema.keys()]
-    extra += [
-        f"{group}.{key}"
-        for group in schema
-        if OmegaConf.is_dict(schema[group])
-        for key in cfg[group]
-        if key not in schema[group].keys()
-    ]
+    known = set(known_keys())
+    groups = {name: node for name, node in cfg.items_ex(resolve=False) if OmegaConf.is_dict(node)}
+    extra = [key for key in map(str, cfg) if key not in known]
+    extra += [f"{name}.{key}" for name, node in groups.items() for key in node if f"{name}.{key}" not in known]
     if extra:
         raise UserError(f"{extra[0]} is no setting: remove it, or see conf/ for those there are")
+
+
+def known_keys() -> list[str]:
+    """Every setting of the schema, as an override names it."""
+    groups = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
+    return [*(f.name for f in fields(Config)), *(f"{g}.{f.name}" for g, kind in groups.items() for f in fields(kind))]
 
 
 def cache_of(config: dict) -> Path:

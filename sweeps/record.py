@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,10 +77,8 @@ def environment() -> dict:
 
 def reset_peak() -> None:
     """Start a new peak of resident memory, where the system can (Linux)."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_rss() -> int | None:

@@ -14,11 +14,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caldera.errors import CalderaError, UserError
-from sweeps.schema import Config, register
+from sweeps.schema import register
 
 register()
 
@@ -61,7 +61,7 @@ def _run(cfg: DictConfig, single: bool) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """An error in one line; Hydra's and OmegaConf's are worded so that they name the field, the value and the remedy."""
+    """An error in one line; Hydra's and OmegaConf's are worded to name the field, the value and the remedy."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return str(error) or type(error).__name__
     if isinstance(error, MissingConfigException) and error.options:
@@ -69,16 +69,12 @@ def sentence(error: Exception) -> str:
         near = difflib.get_close_matches(value, error.options, 3, 0.3) or sorted(error.options)
         return f"{group}={value} is not known; the nearest names are {', '.join(near)}"
     text = " ".join(line.strip() for line in str(error.__cause__ or error).splitlines()[:1])
+    from sweeps.plan import known_keys
+
     if match := re.search(r"Could not override '([\w.]+)'|Key '(\w+)'", f"{error} {text}"):
-        near = difflib.get_close_matches(match[1] or match[2], _known_keys(), 3, 0.4)
+        near = difflib.get_close_matches(match[1] or match[2], known_keys(), 3, 0.4)
         return f"{match[1] or match[2]} is no setting; the nearest are {', '.join(near) or 'in conf/'}"
     return text if str(error) in text else f"{str(error).splitlines()[0]}: {text}"
-
-
-def _known_keys() -> list[str]:
-    nested = OmegaConf.to_container(OmegaConf.structured(Config))
-    groups = {group: value for group, value in nested.items() if isinstance(value, dict)}
-    return [*nested, *(f"{group}.{key}" for group, value in groups.items() for key in value)]
 
 
 def stop(error: Exception) -> None:

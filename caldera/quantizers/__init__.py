@@ -5,7 +5,7 @@
 
 import difflib
 import re
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 

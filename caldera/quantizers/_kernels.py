@@ -1,7 +1,8 @@
 """Compiled loops for processors: the E8 lattice search, and LDLQ and coordinate descent inside a panel.
 
 The same results in tensor form, for any device, come from `e8p.py` and `caldera/ldlq.py`; tests hold the two together.
-Compiled at first use and cached on disk by numba; they release the GIL, so row ranges run in parallel threads.
+Compiled at first use and cached on disk by numba; they release the GIL, so row ranges run in parallel threads. All are
+in this one file, since numba's cache notices a change in the file of a function, but not in one that it calls.
 
 Vectors are searched LANES at a time, coordinate by coordinate: arrays are (8, LANES), and the loops over lanes hold no
 branch, so that the compiler turns them into vector instructions. One search takes about 30 ns instead of 400.

@@ -93,7 +93,7 @@ class Quantizer:
 
     def fit(self, x: Tensor) -> Scales:
         """Scales for x (m, n), as they will be stored. A granule of zeros gets scale 0 and is read back as zeros."""
-        return self._stored(self.codebook.fit(self._granules(x), self.symmetric), *x.shape)
+        return self._stored(self.codebook.fit(self._granules(x), self.symmetric, self._scale_dtype), *x.shape)
 
     def _granules(self, x: Tensor) -> Tensor:
         """x as (granules, values), the last granule of a row padded with its own last value."""

@@ -19,7 +19,10 @@ from torch.nn.functional import one_hot
 from caldera.devices import constant
 
 # Positions of the three entries 1/2 in the 29 patterns of norm 12 (the other five are 3/2): the published choice.
-HALVES = "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
+HALVES = (
+    "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 "
+    "245 167 157 147 156 146 045 067 057 047 056 046 014 237"
+)
 
 
 @cache
@@ -47,7 +50,7 @@ def pattern_lookup() -> np.ndarray:
 
 @cache
 def mask_lookup() -> np.ndarray:
-    """(4096,) index of a pattern by the mask of its 3/2 | (1 + place of its 5/2) << 8, as the compiled search has it."""
+    """(4096,) index of a pattern by the mask of its 3/2 | (1 + place of its 5/2) << 8: the compiled search's words."""
     lookup = np.full(4096, -1, np.int32)
     places = 1 << np.arange(8)
     five = (patterns() == 2) @ np.arange(1, 9)
@@ -57,7 +60,7 @@ def mask_lookup() -> np.ndarray:
 
 @cache
 def e81_points() -> np.ndarray:
-    """(256, 8) E8 points: the 112 roots with two entries +-1, the 128 of +-1/2 with even parity, 0, and 15 of norm 4."""
+    """(256, 8) E8 points: 112 roots with two entries +-1, 128 of +-1/2 with even parity, 0, and 15 of norm 4."""
     pairs = np.zeros((112, 8), np.float32)
     pairs_of = itertools.product(itertools.combinations(range(8), 2), (1, -1), (1, -1))
     for row, ((i, j), a, b) in enumerate(pairs_of):
@@ -165,7 +168,7 @@ def encode_e81(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class E8P:
-    """The lattice codebook; `gaussian_scale` and `residual` minimise the error on a unit Gaussian (found numerically)."""
+    """The codebook; `gaussian_scale` and `residual` minimise the error on a unit Gaussian (found numerically)."""
 
     bits: int
     gaussian_scale: float
@@ -174,6 +177,7 @@ class E8P:
     group = 8
 
     def encode(self, z: Tensor) -> Tensor:
+        z = z.clamp(-1e6, 1e6)  # far outside the table already; keeps squares finite and parities exact
         if self.bits == 2:
             return encode_2bit(z)
         second = encode_e81 if self.bits == 3 else encode_2bit
@@ -198,7 +202,7 @@ class E8P:
         kind = {2: _kernels.E8P, 3: _kernels.E8P_E81, 4: _kernels.E8P_E8P}[self.bits]
         return (kind, np.float32(self.residual), mask_lookup(), extra_halves(), np.zeros(1, np.float32))
 
-    def fit(self, x: Tensor, symmetric: bool) -> tuple[Tensor, None]:
+    def fit(self, x: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, None]:
         """The scale that gives each granule of x (granules, values) the best standard deviation for a Gaussian."""
         return x.square().mean(1, keepdim=True).sqrt() / self.gaussian_scale, None
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial, reduce
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from caldera.devices import constant
 
-COARSE = [
-    2.0 ** (-i / 4) for i in range(18)
-]  # candidate scales: from the one that covers the range down to 1/19 of it,
-FINE = [2.0 ** (i / 32) for i in range(-7, 8)]  # then around the best of them
+# Candidate scales: from twice the one that covers the range down, densely first, then far down for outliers.
+COARSE = [2.0 ** (-i / 4) for i in range(-4, 20)] + [2.0**-i for i in range(5, 17)]
+FINE = [2.0 ** (i / 64) for i in range(-16, 17)]  # around the best of them
+LARGEST = 64
 SAMPLE = 1 << 16  # values of a granule that the search looks at
 
 
@@ -27,12 +28,12 @@ def uniform_levels(bits: int) -> np.ndarray:
 @cache
 def normal_float_levels(bits: int) -> np.ndarray:
     """NormalFloat: equally likely quantiles of a Gaussian with an exact zero, in [-1, 1] (Dettmers et al. 2023)."""
-    half = 2 ** (bits - 1)
+    half, quantile = 2 ** (bits - 1), NormalDist().inv_cdf
     offset = 1 - 0.25 * (1 / 2**bits + 1 / (2**bits - 1))
-    upper = torch.special.ndtri(torch.linspace(offset, 0.5, half + 1, dtype=torch.float64)[:-1])
-    lower = -torch.special.ndtri(torch.linspace(offset, 0.5, half, dtype=torch.float64)[:-1])
-    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values
-    return (levels / levels.abs().max()).float().numpy()
+    upper = [quantile(p) for p in np.linspace(offset, 0.5, half + 1)[:-1]]
+    lower = [-quantile(p) for p in np.linspace(offset, 0.5, half)[:-1]]
+    levels = np.array(sorted([*lower, 0.0, *upper]))
+    return (levels / np.abs(levels).max()).astype(np.float32)
 
 
 def gaussian_error(levels: np.ndarray, scale: float) -> float:
@@ -81,28 +82,38 @@ class ScalarCodebook:
 
         return (_kernels.LEVELS, np.float32(1), *_kernels.no_tables(), self.levels)
 
-    def fit(self, x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-        """Scale (and zero) of each granule of x (granules, values) by a search over shrunken ranges."""
-        x = x[:, :: -(-x.shape[1] // SAMPLE)]
+    def fit(self, x: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Scale (and zero) of each granule of x (granules, values), as `dtype` holds it, by a search over ranges."""
+        x, weight = _sample(x)
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         if symmetric:
             high = torch.maximum(high, -low)
             low = -high
-        mean, middle, widest = x.mean(1, keepdim=True), (low + high) / 2, (high - low) / float(np.ptp(self.levels))
-        if symmetric:
-            mean = middle
+        middle, widest = (low + high) / 2, (high - low) / float(np.ptp(self.levels))
+        mean = middle if symmetric else x.mean(1, keepdim=True)
 
         def tried(shrink: Tensor) -> tuple[Tensor, ...]:
             """Squared error, shrink, scale and zero of every granule."""
-            scale, zero = widest * shrink, mean + (middle - mean) * shrink
+            scale, zero = (t.to(dtype).float() for t in (widest * shrink, mean + (middle - mean) * shrink))
             z = torch.where(scale > 0, (x - zero) / scale, 0.0)
             values = self.decode(self.encode(z.reshape(-1, 1))).reshape(x.shape) * scale + zero
-            return (x - values).square().sum(1, keepdim=True), shrink, scale, zero
+            return ((x - values).square() * weight).sum(1, keepdim=True), shrink, scale, zero
 
         one = torch.ones_like(widest)
         best = reduce(_better, (tried(one * s) for s in COARSE))
         best = reduce(_better, [best, *(tried(best[1] * s) for s in FINE)])
         return best[2], None if symmetric else best[3]
+
+
+def _sample(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Evenly spaced values of large granules with their largest ones, and how many values each stands for."""
+    step = -(-x.shape[1] // SAMPLE)
+    if step == 1:
+        return x, torch.ones_like(x[:1])
+    even, large = x[:, ::step], x.gather(1, x.abs().topk(LARGEST, 1).indices)
+    counted = even.abs() >= large.abs().amin(1, keepdim=True)
+    weight = torch.where(counted, 0.0, float(step))
+    return torch.cat([even, large], 1), torch.cat([weight, torch.ones_like(large)], 1)
 
 
 def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

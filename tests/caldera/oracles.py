@@ -10,13 +10,16 @@ from caldera import Basis, prepare
 from caldera.quantizers import Quantizer, Scales
 
 # Positions of the three entries 1/2 among five 3/2 in the 29 patterns of norm 12: QuIP#'s published choice.
-THREE_HALVES = "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
+THREE_HALVES = """
+    123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237
+"""
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@cache
 def even_gaussian(m: int, n: int, seed: int = 0) -> Tensor:
     """Equally likely quantiles of a unit Gaussian, shuffled: no luck in its tails, which rule the error at 8 bits."""
     quantiles = torch.special.ndtri((torch.arange(m * n, dtype=torch.float64) + 0.5) / (m * n))
@@ -41,18 +44,23 @@ def weighted_loss(error: Tensor, moments: Tensor) -> float:
     return float(torch.einsum("mi,ij,mj->", error, moments, error))
 
 
+def never_rises(values: list[float], slack: float = 1e-6) -> bool:
+    """Whether each value is at most the one before, but for a relative rounding error."""
+    return all(b <= a * (1 + slack) for a, b in itertools.pairwise(values))
+
+
 def error_by_definition(weight: Tensor, approximation: Tensor, moments: Tensor) -> float:
     return (weighted_loss(weight - approximation, moments) / weighted_loss(weight, moments)) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------------------- packing
+# -------------------------------------------------------------------------------------------------------------- packing
 def packed_bit_by_bit(codes: list[int], bits: int) -> bytes:
     """The codes as digits of one large integer, first code lowest."""
     number = sum(code << (bits * i) for i, code in enumerate(codes))
     return number.to_bytes(-(-len(codes) * bits // 8), "little")
 
 
-# ----------------------------------------------------------------------------------------------------------------- E8P
+# ------------------------------------------------------------------------------------------------------------------ E8P
 @cache
 def e8p_sizes() -> Tensor:
     """(256, 8) the patterns |v|: every half-integer one with |v|^2 <= 10, and 29 with |v|^2 = 12."""
@@ -87,7 +95,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() - y.double()).square().sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- LDLQ
+# ----------------------------------------------------------------------------------------------------------------- LDLQ
 def block_ldl(moments: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """M unit block-lower-triangular and D block-diagonal with H = M D M^T, float64, by block elimination."""
     rest, n = moments.double().clone(), moments.shape[0]
@@ -135,6 +143,29 @@ def nearest_in_columns(quantizer, scales: Scales, target: Tensor, first: int, n:
     return found, quantizer.codebook.decode(found) * scale + zero
 
 
+def tuned_by_columns(
+    weight: Tensor, moments: Tensor, quantizer: Quantizer, start, passes: int
+) -> tuple[Tensor, Tensor]:
+    """Coordinate descent without panels or running gradients: each group to its nearest codeword, if the loss falls.
+
+    Codes (m, n / g) and values (m, n).
+    """
+    group, n = quantizer.group, weight.shape[1]
+    work, h = widened(weight, group).double(), widened_moments(moments, group).double()
+    codes, values = start.codes.clone(), widened(start.values, group).double()
+    for first in [*reversed(range(0, work.shape[1], group))] * passes:
+        at = slice(first, first + group)
+        best = values[:, at] + (work - values) @ h[:, at] @ torch.linalg.inv(h[at, at])
+        found, new = nearest_in_columns(quantizer, start.scales, best, first, work.shape[1])
+        changed = values.clone()
+        changed[:, at] = new
+        before, after = (((work - v) @ h * (work - v)).sum(1) for v in (values, changed))
+        better = after < before
+        values[better] = changed[better]
+        codes[better, first // group] = found[better]
+    return codes, values[:, :n]
+
+
 def ldlq_regret(weight: Tensor, moments: Tensor, quantizer: Quantizer, scales: Scales, codes: Tensor) -> float:
     """By how much the worst of the codes missed the nearest codeword, given all the codes chosen before it.
 
@@ -152,7 +183,7 @@ def ldlq_regret(weight: Tensor, moments: Tensor, quantizer: Quantizer, scales: S
     return worst
 
 
-# ------------------------------------------------------------------------------------------------------------ low rank
+# ------------------------------------------------------------------------------------------------------------- low rank
 def dense_regression(a: Tensor, moments: Tensor, rank: int) -> float:
     """min over rank k of ||(A - L R) H^(1/2)||_F, by the symmetric root and a dense SVD in float64."""
     values, vectors = torch.linalg.eigh(moments.double())

@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from caldera import CheckpointError, Method, PackedMatrix, decompose
 from caldera.blocks import decoder_blocks, linears
 from caldera.checkpoint import (
-    MANIFEST, REST, block_file, load_dense, read_manifest, read_matrices, write_manifest, write_matrices, write_rest,
+    MANIFEST,
+    REST,
+    block_file,
+    load_dense,
+    read_manifest,
+    read_matrices,
+    write_manifest,
+    write_matrices,
+    write_rest,
 )  # fmt: skip
 from caldera.files import committed, sha256, write_json
 from caldera.quantizers import quantizer_names
@@ -58,7 +66,7 @@ def small(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- matrices
-@pytest.mark.parametrize("name", [*quantizer_names(), "e8p_2bit_row", "uniform_3bit_g32", "uniform_asym_4bit_g64", "nf_4bit_row"])
+@pytest.mark.parametrize("name", [*quantizer_names(), "e8p_2bit_row", "uniform_3bit_g32", "uniform_asym_4bit_g64"])
 def test_matrices_come_back_to_the_bit(tmp_path, name):
     """Q in one quantizer with factors in two others, and factors in it, odd sizes, with and without the transform."""
     saved = [
@@ -127,7 +135,7 @@ def test_manifest_keeps_the_details_and_can_be_written_again(small):
 
 def test_a_folder_without_manifest_is_unfinished(small):
     (small / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="has no manifest.json: it is no finished CALDERA checkpoint"):
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json: it is no finished CALDERA checkpoint"):
         read_manifest(small)
     with pytest.raises(CheckpointError, match="no finished"):
         load_dense(small)
@@ -166,10 +174,12 @@ def test_another_format_is_refused(small, change):
         read_manifest(small)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"format": "caldera", "ver', "[]", '{"format": "caldera", "version": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"format": "caldera", "ver', "[]", '{"format": "caldera", "version": 1}'], ids=range(5)
+)
 def test_a_manifest_that_was_cut_short_is_refused_by_name(small, text):
     (small / MANIFEST).write_text(text)
-    with pytest.raises(CheckpointError, match="manifest.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
         read_manifest(small)
 
 
@@ -290,10 +300,11 @@ def test_the_rest_is_stored_and_loaded_in_the_type_asked_for(tmp_path):
 def test_integer_tensors_and_views_of_one_storage_are_kept(tmp_path):
     """Only the same tensor is stored once: a slice that begins where its parent begins is another one."""
     whole = gaussian(6, 4)
-    state = {"whole": whole, "same": whole, "first_rows": whole[:2], "steps": torch.arange(3), "mask": torch.tensor([True])}
-    write_rest(tmp_path, state, set(), torch.bfloat16)
+    others = {"first_rows": whole[:2], "steps": torch.arange(3), "mask": torch.tensor([True])}
+    write_rest(tmp_path, {"whole": whole, "same": whole} | others, set(), torch.bfloat16)
     rest = load_file(tmp_path / REST)
-    assert "same" not in rest and torch.equal(rest["steps"], torch.arange(3)) and torch.equal(rest["mask"], state["mask"])
+    assert set(rest) == {"whole", *others}
+    assert torch.equal(rest["steps"], others["steps"]) and torch.equal(rest["mask"], others["mask"])
     assert torch.equal(rest["first_rows"], whole[:2].bfloat16())
 
 

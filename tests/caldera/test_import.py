@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-HEAVY = ["numba", "transformers", "hydra", "omegaconf", "wandb", "datasets", "accelerate", "safetensors", "matplotlib", "pandas"]
+HEAVY = [
+    "numba",
+    "transformers",
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "matplotlib",
+    "pandas",
+]
 SCRIPT = """
 import sys, time
 import torch
@@ -18,7 +29,9 @@ print(time.process_time(), time.process_time() - with_torch, *(set(sys.modules) 
 @pytest.fixture(scope="module")
 def imported() -> tuple[float, float, set[str]]:
     """Processor seconds of the whole process and beyond torch, best of three, and what was loaded beyond torch."""
-    runs = [subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True) for _ in range(3)]
+    runs = [
+        subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True) for _ in range(3)
+    ]
     total, own, *modules = zip(*(run.stdout.split(maxsplit=2) for run in runs))
     return min(map(float, total)), min(map(float, own)), set(modules[0][0].split())
 

@@ -1,4 +1,4 @@
-"""LDLQ against the plain column loop, its compiled form against the tensor form, and what coordinate descent promises."""
+"""LDLQ against the plain column loop, compiled against tensor loops, and what coordinate descent promises."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from caldera.ldlq import PANEL, Rounded, ldlq, tune
 from caldera.linalg import block_feedback, damped_cholesky, diagonal_blocks
 from caldera.quantizers import get_quantizer
 from tests.caldera.oracles import (
-    basis_of, block_ldl, gaussian, ldlq_by_columns, ldlq_regret, second_moments, weighted_loss,
+    basis_of, block_ldl, gaussian, ldlq_by_columns, ldlq_regret, never_rises, second_moments, tuned_by_columns,
+    weighted_loss,
 )  # fmt: skip
 
 NAMES = ["e8p_2bit", "uniform_3bit", "nf_4bit_row", "uniform_asym_4bit_g32"]
@@ -19,7 +20,9 @@ WIDTHS = [8, 36, 150, 2 * PANEL + 13]  # no multiple of a group nor of a panel b
 
 def weight(m: int, n: int, seed: int = 0) -> torch.Tensor:
     """Columns and rows of unequal size, as an untransformed weight has them."""
-    return gaussian(m, n, seed=seed) * gaussian(1, n, seed=seed + 50).abs() * (0.5 + gaussian(m, 1, seed=seed + 51).abs())
+    return (
+        gaussian(m, n, seed=seed) * gaussian(1, n, seed=seed + 50).abs() * (0.5 + gaussian(m, 1, seed=seed + 51).abs())
+    )
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_feedback_is_strictly_block_lower_and_padded_columns_stand_alone():
     assert torch.equal(feedback[13:], torch.zeros(3, 16))
 
 
-# ------------------------------------------------------------------------------------------------------- the slow twin
+# -------------------------------------------------------------------------------------------------------- the slow twin
 @pytest.mark.parametrize("n", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_ldlq_is_the_column_loop(name, n):
@@ -72,6 +75,19 @@ def test_ldlq_is_the_column_loop(name, n):
     torch.testing.assert_close(found.values[same], values[same].float(), rtol=1e-5, atol=1e-5)
     loss, expected = damped_loss(w, basis, found), weighted_loss(w - values, basis.damped)
     assert loss == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("n", [36, 2 * PANEL + 13])
+@pytest.mark.parametrize("name", NAMES)
+def test_tuning_is_the_column_loop(name, n):
+    quantizer, w, basis = get_quantizer(name), weight(12, n), basis_of(n)
+    start = ldlq(w, basis, quantizer)
+    found = tune(w, basis, quantizer, start, 2)
+    codes, values = tuned_by_columns(w, basis.damped, quantizer, start, 2)
+    same = (found.codes == codes).all(1)
+    assert same.float().mean() >= 0.8  # ties, as above
+    torch.testing.assert_close(found.values[same], values[same].float(), rtol=1e-5, atol=1e-5)
+    assert damped_loss(w, basis, found) == pytest.approx(weighted_loss(w - values, basis.damped), rel=0.01)
 
 
 @pytest.mark.parametrize("n", [36, 2 * PANEL + 13])
@@ -98,7 +114,7 @@ def test_identity_moments_are_plain_rounding(name):
     torch.testing.assert_close(found.values, quantizer.round(w))
 
 
-# ----------------------------------------------------------------------------------------------- compiled and in tensors
+# ---------------------------------------------------------------------------------------------- compiled and in tensors
 @pytest.mark.parametrize("n", [36, 2 * PANEL + 13])
 @pytest.mark.parametrize("name", MORE_NAMES)
 def test_compiled_and_tensor_loops_agree(name, n, monkeypatch):
@@ -150,19 +166,19 @@ def test_feedback_beats_rounding_to_nearest(name):
     assert sum(gains) / len(gains) < 0.9
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("n", "seed"), [(76, 0), (76, 1), (PANEL + 22, 2)])
 @pytest.mark.parametrize("name", MORE_NAMES)
-def test_tuning_never_raises_the_damped_loss(name, seed):
-    quantizer, w, basis = get_quantizer(name), weight(20, 76, seed), basis_of(76, seed)
+def test_tuning_never_raises_the_damped_loss(name, n, seed):
+    quantizer, w, basis = get_quantizer(name), weight(20, n, seed), basis_of(n, seed)
     found = ldlq(w, basis, quantizer)
     losses = [damped_loss(w, basis, tune(w, basis, quantizer, found, passes)) for passes in range(4)]
     assert losses[0] == pytest.approx(damped_loss(w, basis, found), rel=1e-6)
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(losses, losses[1:]))
+    assert never_rises(losses)
 
 
 @pytest.mark.parametrize("name", ["e8p_2bit", "uniform_3bit"])
 def test_tuning_never_raises_the_damped_loss_in_tensor_form(name, tensor_form):
-    test_tuning_never_raises_the_damped_loss(name, 0)
+    test_tuning_never_raises_the_damped_loss(name, PANEL + 22, 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -181,7 +197,7 @@ def test_tuned_values_are_the_decoded_codes(name):
     torch.testing.assert_close(tuned.values, quantizer.decode(tuned.codes, tuned.scales, 77), rtol=0, atol=0)
 
 
-# -------------------------------------------------------------------------------------------------------------- contract
+# ------------------------------------------------------------------------------------------------------------- contract
 @pytest.mark.parametrize("n", [64, 77])
 @pytest.mark.parametrize("name", ["e8p_2bit", "uniform_3bit", "bf16"])
 def test_nothing_that_is_passed_in_changes(name, n):
@@ -200,7 +216,8 @@ def test_memory_order_does_not_matter(name):
     quantizer, w, basis = get_quantizer(name), weight(24, 40).T.contiguous().T, basis_of(40)
     plain = ldlq(w.contiguous(), basis, quantizer)
     assert torch.equal(ldlq(w, basis, quantizer).codes, plain.codes)
-    assert torch.equal(tune(w, basis, quantizer, plain, 1).codes, tune(w.contiguous(), basis, quantizer, plain, 1).codes)
+    tuned = tune(w.contiguous(), basis, quantizer, plain, 1)
+    assert torch.equal(tune(w, basis, quantizer, plain, 1).codes, tuned.codes)
 
 
 @pytest.mark.parametrize("name", MORE_NAMES)

@@ -6,7 +6,7 @@ import torch
 from caldera.linalg import solve_gram
 from caldera.lowrank import Factor, Regression, lplr, rank_constrained_regression, rotated, top_subspace
 from caldera.quantizers import get_quantizer
-from tests.caldera.oracles import basis_of, dense_regression, gaussian, weighted_loss
+from tests.caldera.oracles import basis_of, dense_regression, gaussian, never_rises, weighted_loss
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -27,7 +27,9 @@ def quantizers(left: str, right: str) -> tuple:
 
 # ---------------------------------------------------------------------------------------------------------- closed form
 # 24 x 40 takes the dense SVD, the others the randomized one.
-@pytest.mark.parametrize(("m", "n", "k"), [(24, 40, 1), (24, 40, 7), (24, 40, 24), (130, 96, 4), (96, 200, 16), (300, 64, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(24, 40, 1), (24, 40, 7), (24, 40, 24), (130, 96, 4), (96, 200, 16), (300, 64, 1)]
+)
 @pytest.mark.parametrize("transformed", [False, True])
 def test_regression_is_the_dense_optimum(m, n, k, transformed):
     a, basis = gaussian(m, n), basis_of(n, transformed=transformed)
@@ -76,7 +78,7 @@ def test_the_generator_alone_decides():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-# -------------------------------------------------------------------------------------------------------------- rotation
+# ------------------------------------------------------------------------------------------------------------- rotation
 @pytest.mark.parametrize("k", [1, 2, 7, 32])
 def test_rotation_keeps_the_product(k):
     left, right = gaussian(50, k), gaussian(k, 40, seed=1) * torch.logspace(0, -3, k)[:, None]
@@ -91,7 +93,7 @@ def test_rotation_spreads_the_singular_values():
     assert norms.max() / norms.min() < 10 < right.norm(dim=1).max() / right.norm(dim=1).min()
 
 
-# ------------------------------------------------------------------------------------------------------------------ LPLR
+# ----------------------------------------------------------------------------------------------------------------- LPLR
 @pytest.mark.parametrize("transformed", [False, True])
 def test_loss_from_products_is_the_loss(transformed):
     a, basis = gaussian(20, 36), basis_of(36, transformed=transformed)
@@ -116,7 +118,10 @@ def test_unrounded_alternation_solves_both_least_squares_problems(m, n, k, monke
     assert loss_of(a, left.values.T + 1e-2 * gaussian(m, k), right.values, basis) > pair_loss(a, (left, right), basis)
 
 
-@pytest.mark.parametrize("names", [("e8p_4bit", "e8p_4bit"), ("e8p_2bit", "uniform_4bit_row"), ("bf16", "e8p_2bit"), ("nf_4bit", "bf16")])
+@pytest.mark.parametrize(
+    "names",
+    [("e8p_4bit", "e8p_4bit"), ("e8p_2bit", "uniform_4bit_row"), ("bf16", "e8p_2bit"), ("nf_4bit", "bf16")],
+)
 def test_best_pair_is_never_worse_than_the_start(names):
     a, basis = gaussian(48, 64), basis_of(64)
     right = rank_constrained_regression(a, basis, 6, generator())[1]
@@ -125,7 +130,7 @@ def test_best_pair_is_never_worse_than_the_start(names):
     for iterations in (1, 3, 5):
         pair = lplr(a, pair[1].values, basis, quantizers(*names), iterations, "x", start=pair)
         losses.append(pair_loss(a, pair, basis))
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(losses, losses[1:]))
+    assert never_rises(losses)
 
 
 @pytest.mark.parametrize("names", [("e8p_4bit", "e8p_4bit"), ("e8p_2bit", "uniform_2bit_row")])
@@ -133,7 +138,7 @@ def test_more_iterations_never_give_a_worse_pair(names):
     a, basis = gaussian(48, 64), basis_of(64)
     right = rank_constrained_regression(a, basis, 6, generator())[1]
     losses = [pair_loss(a, lplr(a, right, basis, quantizers(*names), i, "x"), basis) for i in range(1, 8)]
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(losses, losses[1:]))
+    assert never_rises(losses)
 
 
 def test_a_start_that_cannot_be_improved_is_returned():
@@ -173,10 +178,10 @@ def test_nothing_that_is_passed_in_changes():
     assert all(torch.equal(x, y) for x, y in zip(passed, before))
 
 
-# ----------------------------------------------------------------------------------------------------- singular problems
-@pytest.mark.parametrize("a", [torch.zeros(12, 20), gaussian(12, 2) @ gaussian(2, 20), torch.ones(12, 20)], ids=["zero", "rank 2", "ones"])
-def test_targets_of_less_rank_than_the_factors_are_finite(a):
-    basis = basis_of(20)
+# ---------------------------------------------------------------------------------------------------- singular problems
+@pytest.mark.parametrize("true_rank", [0, 1, 2])
+def test_targets_of_less_rank_than_the_factors_are_finite(true_rank):
+    a, basis = gaussian(12, true_rank) @ gaussian(true_rank, 20), basis_of(20)
     right = rank_constrained_regression(a, basis, 6, generator())[1]
     left, right = lplr(a, right, basis, quantizers("bf16", "bf16"), 3, "x")
     assert left.values.isfinite().all() and right.values.isfinite().all()

@@ -1,5 +1,7 @@
 """One conformance suite over the whole table of quantizers, and what single families promise beyond it."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,29 +44,18 @@ def random_storage(quantizer, m: int, n: int) -> tuple[torch.Tensor, Scales]:
     return torch.randint(0, 2**bits, (m, groups), generator=torch.Generator().manual_seed(0)), scales
 
 
-# ------------------------------------------------------------------------------------------------------------- storage
+# -------------------------------------------------------------------------------------------------------------- storage
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 @every_name
-def test_packed_tensors_are_what_the_layout_declares(name, shape):
-    quantizer = get_quantizer(name)
-    tensors = quantizer.pack(*random_storage(quantizer, *shape))
-    declared = quantizer.layout(*shape)
-    assert list(tensors) == list(declared)
-    for key, spec in declared.items():
-        tensor = tensors[key]
-        assert (tuple(tensor.shape), tensor.dtype) == (tuple(spec.shape), spec.dtype), key
-        assert tensor.nbytes == spec.bytes, key
-
-
-@pytest.mark.parametrize("shape", ODD_SHAPES)
-@every_name
-def test_unpacked_values_are_the_decoded_ones_to_the_bit(name, shape):
+def test_storage_is_as_declared_and_read_back_to_the_bit(name, shape):
     quantizer = get_quantizer(name)
     codes, scales = random_storage(quantizer, *shape)
-    values = quantizer.decode(codes, scales, shape[1])
-    back = quantizer.unpack(quantizer.pack(codes, scales), *shape)
-    assert back.shape == shape and back.dtype == torch.float32
-    assert torch.equal(back, values)
+    tensors, declared = quantizer.pack(codes, scales), quantizer.layout(*shape)
+    assert {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} == declared
+    assert {key: t.nbytes for key, t in tensors.items()} == {key: spec.bytes for key, spec in declared.items()}
+    values = quantizer.unpack(tensors, *shape)
+    assert values.shape == shape and values.dtype == torch.float32
+    assert torch.equal(values, quantizer.decode(codes, scales, shape[1]))
 
 
 @pytest.mark.parametrize("name", ["e8p_3bit_g64", "uniform_5bit_row", "uniform_asym_3bit_g32", "nf_4bit", "bf16"])
@@ -102,7 +93,7 @@ def test_declared_bytes(name, shape, total):
     assert sum(spec.bytes for spec in get_quantizer(name).layout(*shape).values()) == total
 
 
-# ------------------------------------------------------------------------------------------------------------ rounding
+# ------------------------------------------------------------------------------------------------------------- rounding
 @every_name
 def test_scales_have_the_shape_of_the_storage(name):
     quantizer, (m, n) = get_quantizer(name), (5, 100)
@@ -171,7 +162,7 @@ def test_a_zero_row_beside_others_is_read_back_as_zeros(name):
     assert torch.equal(rounded(name, x)[2], torch.zeros(40))
 
 
-@pytest.mark.parametrize("value", [1.0, -3.0, 1e-3])
+@pytest.mark.parametrize("value", [1.0, -3e-3])
 @every_name
 def test_constant_rows_stay_finite_and_near(name, value):
     x = torch.full((4, 64), value)
@@ -188,7 +179,7 @@ def test_an_offset_is_free_for_asymmetric_scales(name):
     torch.testing.assert_close(rounded(name, x), x, rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("size", [1e2, 1e6, -1e6])
+@pytest.mark.parametrize("size", [1e2, -1e6])
 @every_name
 def test_one_huge_outlier_is_finite_and_no_worse_than_zeros(name, size):
     x = gaussian(16, 64)
@@ -226,7 +217,7 @@ def test_halves_are_the_nearest_16bit_floats_and_saturate(name):
     assert torch.equal(rounded(name, x), expected) and rounded(name, x).isfinite().all()
 
 
-# --------------------------------------------------------------------------------------------------------------- error
+# ---------------------------------------------------------------------------------------------------------------- error
 @pytest.mark.parametrize("name", PLAIN)
 def test_error_on_a_unit_gaussian_is_the_documented_one(name):
     expected = get_quantizer(name).codebook.gaussian_mse
@@ -242,7 +233,7 @@ def test_error_on_a_unit_gaussian_is_the_documented_one(name):
 def test_error_falls_with_every_bit(family, where):
     x = gaussian(96, 192)
     errors = [mean_squared_error(f"{family}_{bits}bit{where}", x) for bits in sorted(FAMILIES[family])]
-    assert all(b < 0.6 * a for a, b in zip(errors, errors[1:]))  # a quarter, were it not for tails and formats
+    assert all(b < 0.6 * a for a, b in itertools.pairwise(errors))  # a quarter, were it not for tails and formats
 
 
 @pytest.mark.parametrize("name", [n for n in CODED if not n.startswith("e8p")])
@@ -306,7 +297,7 @@ def test_compiled_and_tensor_search_give_the_same_level(name):
     torch.testing.assert_close(distance, (z - levels).abs().amin(1), rtol=0, atol=1e-6)  # ties fall either way
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------------------------- names
 def test_names_are_unique_and_stable_objects():
     assert len(set(ALL)) == len(ALL)
     assert all(get_quantizer(name).name == name and get_quantizer(name) is get_quantizer(name) for name in ALL)

@@ -1,0 +1,167 @@
+"""Bad input costs a person one sentence: it names the field, the value and what to do, before any work starts."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from caldera.errors import CalderaError, NumericalError
+from sweeps import evaluate
+from sweeps.pipeline import check_inputs
+from sweeps.run import sentence
+
+
+@pytest.fixture
+def refusal(point):
+    """refusal(*overrides): the sentence with which a point is refused."""
+
+    def _refusal(*overrides: str) -> str:
+        with pytest.raises((CalderaError, HydraException, OmegaConfBaseException)) as caught:
+            check_inputs(point(*overrides))
+        assert "\n" not in sentence(caught.value)
+        return sentence(caught.value)
+
+    return _refusal
+
+
+SETTINGS = [
+    ("rank.k=33", "rank.k=33 exceeds the smaller side of model.layers.0.self_attn.k_proj (32 x 64): use at most 32"),
+    ("rank.k=-1", "rank.k=-1 must be a whole number of at least 0"),
+    ("rank.k=1.5", "rank.k=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
+    ("rank.k=abc", "rank.k=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+    ("rank.k=null", "rank.k is null and no budget is set"),
+    ("seed=abc", "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+    ("force=maybe", "force=maybe: Value 'maybe' is not a valid bool"),
+    ("q.family=e8q", "q: quantizer 'e8q_2bit' is not known; the nearest names are e8p_2bit"),
+    ("q.bits=7", "q: quantizer 'e8p_7bit': e8p has no 7-bit variant; it has 2, 3, 4 bits"),
+    ("quantizer@r=fp16 r.bits=4 rank.k=4", "r.bits=4: fp16 has 16 bits"),
+    ("q.scale=rows", "q: quantizer 'e8p_2bit_rows' is not known"),
+    ("l.scale=g7", "l: quantizer 'e8p_2bit_g7': a scale group of 7 columns is no positive multiple of 8"),
+    ("method.outer_iterations=0", "method.outer_iterations=0 must be a whole number of at least 1"),
+    ("method.order=any", "method.order='any' must be one of lr_first, q_first"),
+    ("method.sigma=0", "method.sigma=0.0 must be above 0 and at most 1"),
+    ("budget=uniform rank.k=8", "rank.k=8 and budget.bits=2.5 are both set: leave rank.k=0"),
+    ("budget.bits=2", "budget.bits=2.0 is below the 2.007 bits that e8p_2bit takes alone: raise it"),
+    ("calibration.length=0", "calibration.length=0 must be at least 2"),
+    ("calibration.sequences=0", "calibration.sequences=0 must be at least 1"),
+    ("evaluation.length=1", "evaluation.length=1 must be at least 2"),
+    ("evaluation.limit=0", "evaluation.limit=0 must be at least 1"),
+    ("evaluation.batch_size=-1", "evaluation.batch_size=-1 must be at least 1"),
+    ("tracker.name=mlflow", "tracker.name='mlflow' must be one of wandb, none"),
+    ("tracker.mode=of", "tracker.mode='of' must be one of offline, online, disabled"),
+    ("compute.dtype=int8", "compute.dtype='int8' must be auto, float32, bfloat16 or float16"),
+    ("compute.device=toaster", "compute.device"),
+    ("compute.device=''", "compute.device"),
+    ("compute.threads=-1", "compute.threads=-1 must be"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), SETTINGS, ids=[overrides for overrides, _ in SETTINGS])
+def test_a_setting_that_cannot_be_is_refused(overrides, expected, refusal):
+    assert expected in refusal(*overrides.split())
+
+
+@pytest.mark.parametrize("name", ["budget.bits", "method.sigma", "method.tolerance"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_settings_are_finite(name, value, refusal):
+    assert name in refusal(f"{name}={value}")
+
+
+@pytest.mark.parametrize("name", ["model.name", "method.name"])
+@pytest.mark.parametrize("value", ["a/b", "../up"])
+def test_a_name_is_no_path(name, value, refusal):
+    """A point's folder is named after both, and records are found one level below `points`."""
+    assert name in refusal(f"{name}={value}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
+def test_a_gpu_that_is_not_there(refusal):
+    assert refusal("compute.device=cuda") == "compute.device=cuda: this torch sees no GPU; use compute.device=cpu"
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+def test_a_model_is_a_folder_with_a_model(refusal, tmp_path):
+    assert "model.path is empty: set model.path" in refusal("model.path=null")
+    assert f"path '{tmp_path}/none' does not exist" in refusal(f"model.path={tmp_path}/none")
+    assert "has no config.json" in refusal(f"model.path={tmp_path}")
+
+
+def test_a_folder_whose_config_is_of_no_language_model(refusal, altered):
+    folder = altered("vision", lambda tensors: None)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    assert f"model.path={folder} is no causal language model" in refusal(f"model.path={folder}")
+    (folder / "config.json").write_text("{}")
+    assert f"model.path={folder} is no causal language model" in refusal(f"model.path={folder}")
+
+
+def test_pickled_weights_are_not_opened(refusal, altered):
+    folder = altered("pickled", lambda tensors: None)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickled weights only" in refusal(f"model.path={folder}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value, point, altered):
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = altered("broken", lambda tensors: tensors[name][3].fill_(value))
+    with pytest.raises(NumericalError, match=f"{name} has 64 NaN or infinite values: repair the weights"):
+        check_inputs(point(f"model.path={folder}"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- texts
+def test_texts_that_are_too_short(refusal, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words only")
+    expected = "4 sequences of 256 tokens need 1024 tokens, but the text has 5"
+    assert f"calibration.sequences: {expected}" in refusal(f"calibration.text={tmp_path}/short.txt")
+    expected = "2 sequences of 256 tokens need 512 tokens, but the text has 5"
+    assert f"evaluation.rows: {expected}" in refusal(f"evaluation.text={tmp_path}/short.txt")
+
+
+def test_a_text_to_calibrate_on_is_no_text_to_measure_on(refusal, point):
+    assert "calibration and evaluation share" in refusal("evaluation.text=embedded_calibration")
+    check_inputs(point("evaluation.text=embedded_calibration", "calibration.allow_overlap=true"))
+
+
+def test_a_text_that_does_not_exist(refusal):
+    for group in ("calibration", "evaluation"):
+        assert "one of embedded_calibration, embedded_heldout" in refusal(f"{group}.text=embeded_heldout")
+
+
+def test_a_task_that_does_not_exist(refusal, monkeypatch):
+    monkeypatch.setattr(evaluate, "_harness_tasks", lambda: SimpleNamespace(all_tasks=["mmlu"]))
+    assert "evaluation.tasks has 'arc_eazy', which is no task" in refusal("evaluation.tasks=[arc_eazy]")
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+@pytest.mark.parametrize("field", ["results", "cache"])
+def test_folders_that_cannot_be_written_to(field, refusal, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "below", "/proc/x"):
+        assert f"{field}={folder} cannot be written to" in refusal(f"{field}={folder}")
+
+
+# ---------------------------------------------------------------------------------------------------- the whole program
+CONSOLE = {
+    "a key": (["forse=true"], "forse is no setting; the nearest are force"),
+    "an option": (
+        ["-m", "quantizer@q=e8p_2bit,e8p_9bit"],
+        "quantizer=e8p_9bit is not known; the nearest names are",
+    ),
+    "a type in a grid": (["-m", "rank.k=0,abc"], "rank.k=abc: Value 'abc' of type 'str' could not be converted"),
+    "a rank in a grid": (["-m", "rank.k=0,33"], "rank.k=33 exceeds the smaller side of model.layers.0"),
+    "a folder": (["results=/proc/x"], "/proc/x cannot be written to"),
+}
+
+
+@pytest.mark.parametrize("case", CONSOLE)
+def test_the_script_says_one_line_and_exits_with_1(case, console, settings, tmp_path):
+    arguments, expected = CONSOLE[case]
+    flags = [a for a in arguments if a.startswith("-")]
+    done = console(*flags, *settings, f"results={tmp_path / 'results'}", *arguments[len(flags) :])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("caldera-run: ") and expected in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "results" / "points").exists()

@@ -1,0 +1,403 @@
+"""A sweep over a tiny real model, from the console script to the frontier: what it leaves, repeats, and survives."""
+
+import csv
+import hashlib
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from caldera import relative_error
+from caldera.checkpoint import block_file, load_dense, read_manifest, read_matrices
+from sweeps import compress, pipeline
+from sweeps.calibration import Moments
+from sweeps.evaluate import perplexity
+from sweeps.progress import Reporter
+
+TOP_LEVEL = {
+    "schema_version", "status", "name", "key", "sweep", "created", "config", "point", "bits", "metrics", "matrices",
+    "timings_s", "memory", "environment", "seeds", "error",
+}  # fmt: skip
+METRICS = {"perplexity/heldout_256", "arc_easy/acc", "arc_easy/acc_norm"}
+NO_TASKS = "evaluation.tasks=[]"
+
+
+@dataclass
+class Swept:
+    """A finished sweep on disk."""
+
+    results: Path
+    output: str = ""
+    errors: str = ""
+    code: int = 0
+    records: list[dict] = field(init=False)
+
+    def __post_init__(self):
+        self.records = [json.loads(f.read_text()) for f in sorted(self.results.glob("points/*/record.json"))]
+
+    def of(self, **point) -> dict:
+        """The only record whose axes are these."""
+        (found,) = [r for r in self.records if all(r["point"][key] == value for key, value in point.items())]
+        return found
+
+    def folder(self, record: dict) -> Path:
+        return self.results / "points" / record["name"]
+
+    def checkpoint(self, record: dict) -> Path:
+        return self.folder(record) / "checkpoint"
+
+    def state(self) -> dict:
+        """Bytes and time of every file of the points."""
+        files = [f for f in sorted(self.results.glob("points/**/*")) if f.is_file() and f.name != ".lock"]
+        return {str(f): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns) for f in files}
+
+
+@pytest.fixture(scope="module")
+def arguments(settings, tmp_path_factory) -> list[str]:
+    return ["-m", *settings, "rank.k=0,8", f"results={tmp_path_factory.mktemp('sweep') / 'results'}"]
+
+
+@pytest.fixture(scope="module")
+def swept(arguments, console) -> Swept:
+    """Two ranks, by the console script."""
+    done = console(*arguments)
+    return Swept(Path(arguments[-1].removeprefix("results=")), done.stdout, done.stderr, done.returncode)
+
+
+@pytest.fixture(scope="module")
+def cache(settings) -> Path:
+    return Path(next(s for s in settings if s.startswith("cache=")).removeprefix("cache="))
+
+
+# -------------------------------------------------------------------------------------------------- what a sweep leaves
+def test_a_sweep_ends_well_and_quietly(swept):
+    assert (swept.code, swept.errors) == (0, "")
+    assert "2 points, 2 of them to compute" in swept.output
+    assert "point 2/2: tiny-caldera-r8-" in swept.output
+    assert str(swept.results / "frontier.png") in swept.output
+
+
+def test_every_point_and_the_uncompressed_model_have_a_record(swept):
+    assert [(r["point"]["method"], r["point"]["rank"]) for r in swept.records] == [
+        ("caldera", 0), ("caldera", 8), ("none", None),
+    ]  # fmt: skip
+    for record in swept.records:
+        assert set(record) == TOP_LEVEL
+        assert (record["schema_version"], record["status"], record["error"]) == (1, "done", None)
+        assert record["name"].endswith(record["key"][:8])
+        assert swept.folder(record).name == record["name"]
+
+
+def test_a_record_says_how_it_came_about(swept):
+    for record in swept.records:
+        assert record["config"]["calibration"]["sequences"] == 4
+        assert record["seeds"] == {"seed": 0, "calibration_shuffle": 0}
+        assert record["memory"]["peak_rss_bytes"] > 100e6
+        assert {"python", "versions", "processor", "threads", "gpu", "memory_bytes", "platform"} <= set(
+            record["environment"]
+        )
+        assert {"torch", "transformers", "lm-eval", "hydra-core"} <= set(record["environment"]["versions"])
+    stages = {"calibrate", "compress", "load", "perplexity", "tasks"}
+    assert all(set(r["timings_s"]) == stages for r in swept.records if r["matrices"])
+    assert set(swept.of(method="none")["timings_s"]) == stages - {"calibrate", "compress"}
+
+
+def test_metrics_are_complete_and_comparable(swept):
+    for record in swept.records:
+        assert set(record["metrics"]) == METRICS
+        for name, metric in record["metrics"].items():
+            assert math.isfinite(metric["value"]) and math.isfinite(metric["stderr"])
+            assert metric["measured_on"] == swept.records[0]["metrics"][name]["measured_on"]
+    perplexity = swept.records[0]["metrics"]["perplexity/heldout_256"]
+    assert (len(perplexity["samples"]), perplexity["higher_is_better"]) == (2, False)
+    assert (
+        perplexity["measured_on"] | {"text": "embedded_heldout", "rows": 2, "length": 256, "tokens": 510}
+        == (perplexity["measured_on"])
+    )
+    assert len(swept.records[0]["metrics"]["arc_easy/acc"]["samples"]) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------- bits
+@pytest.mark.parametrize("rank", [0, 8])
+def test_bits_are_those_of_the_files(swept, rank, tiny_llama_dir):
+    record = swept.of(rank=rank)
+    folder, bits = swept.checkpoint(record), record["bits"]
+    original = load_file(tiny_llama_dir / "model.safetensors")
+    names = {m["name"] for m in record["matrices"]}
+    compressed = sum(original[f"{name}.weight"].numel() for name in names)
+    assert len(names) == 14 and bits["parameters"] == compressed
+    assert bits["model_parameters"] == sum(t.numel() for t in original.values())
+    packed = [t for i in range(2) for t in load_file(folder / block_file(i)).values()]
+    assert bits["stored_bytes"] == sum(t.numel() * t.element_size() for t in packed)
+    assert bits["stored"] == pytest.approx(8 * bits["stored_bytes"] / compressed)
+    assert bits["model_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert bits["model"] == pytest.approx(8 * bits["model_bytes"] / bits["model_parameters"])
+    sides = [original[f"{name}.weight"].shape for name in names]
+    codes = sum(2 * m * n + 2 * rank * (m + n) for m, n in sides)
+    assert bits["nominal"] == pytest.approx(codes / compressed)
+    scales = 14 * (3 if rank else 1)  # float32, one for each of Q, L and R
+    assert bits["stored"] == pytest.approx(bits["nominal"] + 32 * scales / compressed)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_matrices_add_up_to_the_model(swept, rank):
+    record = swept.of(rank=rank)
+    assert sum(m["stored_bytes"] for m in record["matrices"]) == record["bits"]["stored_bytes"]
+    for matrix in record["matrices"]:
+        factor = "e8p_2bit" if rank else "none"
+        assert (matrix["rank"], matrix["q"], matrix["l"], matrix["r"]) == (rank, "e8p_2bit", factor, factor)
+        assert matrix["stored_bits"] == 8 * matrix["stored_bytes"] / math.prod(matrix["shape"])
+        assert 0 < matrix["relative_error"] < 1 and matrix["seconds"] > 0
+        assert matrix["trace"] and {"iteration", "step", "error"} == set(matrix["trace"][0])
+
+
+def test_the_uncompressed_model_has_the_bits_of_its_dtype(swept):
+    record = swept.of(method="none")
+    width = {"float32": 32, "bfloat16": 16}[record["metrics"]["perplexity/heldout_256"]["measured_on"]["dtype"]]
+    assert [record["bits"][kind] for kind in ("nominal", "stored", "model")] == [width] * 3
+    assert record["matrices"] == []
+
+
+# ------------------------------------------------------------------------------------------------------- the checkpoint
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_checkpoint_reloads_to_the_very_model_that_was_measured(swept, rank):
+    record = swept.of(rank=rank)
+    folder, metric = swept.checkpoint(record), record["metrics"]["perplexity/heldout_256"]
+    one, other = (load_dense(folder).state_dict() for _ in range(2))
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+    for matrix in (m for i in range(2) for m in read_matrices(folder, block_file(i))):
+        assert one[f"{matrix.spec.name}.weight"].equal(matrix.dequantize())
+    assert set(read_manifest(folder)["matrices"]) == {m["name"] for m in record["matrices"]}
+    rows = pipeline._token_rows(folder, "embedded_heldout", 2, 256, None)
+    model = load_dense(folder, getattr(torch, metric["measured_on"]["dtype"]))
+    again = perplexity(model, rows, text="", tokenizer_digest="")
+    assert again["samples"] == pytest.approx(metric["samples"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_errors_are_those_of_the_deployed_weights(swept, rank, cache, tiny_llama_dir):
+    record, original = swept.of(rank=rank), load_file(tiny_llama_dir / "model.safetensors")
+    (folder,) = [file.parent for file in cache.glob("moments/*/manifest.json")]
+    moments = Moments(folder)
+    recorded = {m["name"]: m["relative_error"] for m in record["matrices"]}
+    deployed = load_dense(swept.checkpoint(record)).state_dict()
+    assert sum(moments.tokens(0).values()) == 4 * 1024
+    for block in range(2):
+        for group in moments.groups(block):
+            for member in group.members:
+                name = f"model.layers.{block}.{member}"
+                h, w_hat = moments.load(block)[group.name], deployed[f"{name}.weight"]
+                assert recorded.pop(name) == pytest.approx(
+                    relative_error(original[f"{name}.weight"], w_hat, h), rel=1e-5
+                )
+    assert not recorded
+
+
+def test_more_rank_is_less_error(swept):
+    before, after = ({m["name"]: m["relative_error"] for m in swept.of(rank=k)["matrices"]} for k in (0, 8))
+    assert all(after[name] < before[name] for name in before)
+
+
+def test_what_is_not_compressed_is_the_model_s_own(swept, tiny_llama_dir):
+    record, original = swept.of(rank=8), load_file(tiny_llama_dir / "model.safetensors")
+    rest = load_file(swept.checkpoint(record) / "model-rest.safetensors")
+    matrices = {f"{m['name']}.weight" for m in record["matrices"]}
+    assert set(rest) == set(original) - matrices
+    assert all(tensor.equal(original[name].to(tensor.dtype)) for name, tensor in rest.items())
+
+
+# ------------------------------------------------------------------------------------------------------------- frontier
+def test_the_frontier_is_drawn_and_tabulated(swept):
+    assert (swept.results / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (swept.results / "frontier.svg").read_text()
+    rows = list(csv.DictReader((swept.results / "frontier.csv").open()))
+    assert {row["name"] for row in rows} == {record["name"] for record in swept.records}
+    for row in rows:
+        record = next(r for r in swept.records if r["name"] == row["name"])
+        assert float(row["bits_stored"]) == pytest.approx(record["bits"]["stored"])
+        assert float(row["perplexity/heldout_256"]) == pytest.approx(
+            record["metrics"]["perplexity/heldout_256"]["value"]
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- repetition
+def test_a_second_start_does_nothing(swept, arguments, console):
+    before, start = swept.state(), time.perf_counter()
+    done = console(*arguments)
+    assert time.perf_counter() - start < 15
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 points, 0 of them to compute" in done.stdout
+    assert done.stdout.count(": done before") == 2
+    assert swept.state() == before
+
+
+def test_by_force_the_same_seed_gives_the_same_bytes(swept, application, tmp_path):
+    results = Path(shutil.copytree(swept.results, tmp_path / "results"))
+    code, output, errors = application("rank.k=8", "force=true")
+    assert (code, errors) == (0, "") and "done before" not in output
+    before, after = swept.of(rank=8), Swept(results).of(rank=8)
+    assert after["created"] >= before["created"] and after["timings_s"] != before["timings_s"]
+    assert after["metrics"] == before["metrics"]
+    assert after["bits"] == before["bits"]
+    for one, other in zip(before["matrices"], after["matrices"], strict=True):
+        assert one | {"seconds": None} == other | {"seconds": None}
+    shards = sorted(swept.checkpoint(before).glob("*.safetensors"))
+    assert len(shards) == 3
+    for shard in shards:
+        assert shard.read_bytes() == (results / shard.relative_to(swept.results)).read_bytes()
+
+
+def test_another_seed_is_another_point(swept, point):
+    assert point("rank.k=8", "seed=1").key != swept.of(rank=8)["key"] == point("rank.k=8").key
+
+
+def test_the_uncompressed_models_record_is_the_points_own(swept, point):
+    """It is measured once for all names that the weights go by, but a sweep shows its own name and settings."""
+    other = point("model.name=renamed", "sweep=other", NO_TASKS)
+    pipeline.run_baseline(point(NO_TASKS), Reporter("first"))
+    record = pipeline.run_baseline(other, Reporter("second"))
+    assert record["name"] == other.baseline_name == other.folder(other.baseline_name).name
+    assert (record["point"]["model"], record["sweep"]) == ("renamed", "other")
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+@pytest.fixture
+def dead(altered) -> Path:
+    """A model in which no token reaches the MLP of block 1: its second moments are zero."""
+    return altered("dead", lambda tensors: tensors["model.layers.1.post_attention_layernorm.weight"].zero_())
+
+
+def test_a_failed_point_is_recorded_and_the_others_go_on(application, dead, tiny_llama_dir, tmp_path):
+    models = f"model.path={dead},{tiny_llama_dir}"
+    code, output, errors = application("-m", models, "rank.k=4", NO_TASKS)
+    swept = Swept(tmp_path / "results")
+    failed, done = swept.of(model="dead", method="caldera"), swept.of(model="tiny", method="caldera")
+    assert (code, failed["status"], done["status"]) == (1, "failed", "done")
+    assert set(failed) == TOP_LEVEL
+    assert (failed["metrics"], failed["bits"], failed["matrices"]) == ({}, None, [])
+    assert failed["error"]["type"] == "NumericalError"
+    assert "mlp.gate_proj: the second moments are zero" in failed["error"]["message"]
+    assert (failed["error"]["stage"], failed["error"]["block"]) == ("compress", 1)
+    assert failed["error"]["matrix"] == "model.layers.1.mlp.gate_proj"
+    assert "Traceback" in failed["error"]["traceback"] and "Traceback" not in output + errors
+    assert f"failed: {failed['name']}" in errors and done["name"] not in errors
+    assert (tmp_path / "results" / "frontier.png").is_file()
+    assert "point failed" in (swept.folder(failed) / "log.txt").read_text()
+
+
+def test_a_sweep_without_a_finished_point_fails_too(application, dead, tmp_path):
+    code, _, errors = application("-m", f"model.path={dead}", "rank.k=0,4", NO_TASKS)
+    failed = [r for r in Swept(tmp_path / "results").records if r["status"] == "failed"]
+    assert len(failed) == 2
+    assert code == 1
+    assert all(f"failed: {record['name']}" in errors for record in failed)
+
+
+def test_an_error_from_elsewhere_is_one_failed_point_and_is_made_up_for(application, monkeypatch, tmp_path):
+    real, name = compress.decompose, "model.layers.1.self_attn.k_proj"
+
+    def out_of_memory(weight, moments, method, **options):
+        if method.rank == 4 and options["name"] == name:
+            raise RuntimeError("out of memory")
+        return real(weight, moments, method, **options)
+
+    monkeypatch.setattr(compress, "decompose", out_of_memory)
+    sweep = ["-m", "rank.k=4,2", NO_TASKS, "keep_checkpoint=false"]
+    code, _, errors = application(*sweep)
+    swept = Swept(tmp_path / "results")
+    error = swept.of(rank=4)["error"]
+    assert (code, swept.of(rank=4)["status"], swept.of(rank=2)["status"]) == (1, "failed", "done")
+    assert [error[key] for key in ("type", "message", "stage", "matrix", "block")] == [
+        "RuntimeError", "out of memory", "compress", name, 1,
+    ]  # fmt: skip
+    assert f"failed: {swept.of(rank=4)['name']}" in errors
+
+    monkeypatch.undo()
+    before = swept.folder(swept.of(rank=2)).joinpath("record.json").stat().st_mtime_ns
+    code, output, errors = application(*sweep)
+    swept = Swept(tmp_path / "results")
+    assert (code, errors, swept.of(rank=4)["status"]) == (0, "", "done")
+    assert "2 points, 1 of them to compute" in output
+    assert swept.folder(swept.of(rank=2)).joinpath("record.json").stat().st_mtime_ns == before
+    assert not any(swept.checkpoint(record).exists() for record in swept.records)
+
+
+# -------------------------------------------------------------------------------------------------- budget and trackers
+def test_a_budget_is_kept_and_the_point_is_tracked(application, tmp_path):
+    code, *_ = application("budget=uniform", "budget.bits=2.5", "tracker=wandb", "sweep=tracked", NO_TASKS)
+    swept = Swept(tmp_path / "results")
+    record = swept.of(method="caldera")
+    assert (code, record["status"], record["point"]["budget_bits"]) == (0, "done", 2.5)
+    assert 2.4 < record["bits"]["stored"] <= 2.5
+    runs = {r["key"][:16]: offline_run(swept.results, r["key"][:16]) for r in swept.records}
+    for one in swept.records:
+        run, config, summary, tables = runs[one["key"][:16]]
+        assert (run.project, run.run_group, run.display_name) == ("caldera-sweeps", "tracked", one["name"])
+        assert {key: config[key] for key in one["point"]} == one["point"]
+        assert config["full"] == one["config"]
+        assert summary["perplexity/heldout_256"] == one["metrics"]["perplexity/heldout_256"]["value"]
+        assert summary["perplexity/heldout_256_stderr"] == one["metrics"]["perplexity/heldout_256"]["stderr"]
+        assert (summary["bits/stored"], summary["status"]) == (one["bits"]["stored"], "done")
+        assert {f"seconds/{stage}" for stage in one["timings_s"]} <= set(summary)
+        assert [len(table["data"]) for table in tables] == ([14] if one["matrices"] else [])
+
+
+def offline_run(results: Path, run_id: str) -> tuple:
+    """The run, its config, its summary and its tables, from W&B's own files of an offline run."""
+    (folder,) = (results / "wandb").glob(f"offline-run-*-{run_id}")
+    (run,) = [r.run for r in wandb_records(folder / f"run-{run_id}.wandb") if r.HasField("run")]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    summary = {}
+    for record in wandb_records(folder / f"run-{run_id}.wandb"):
+        summary |= {i.key: json.loads(i.value_json) for i in record.summary.update if i.key}
+    tables = [json.loads(f.read_text()) for f in folder.glob("files/media/table/*.json")]
+    return run, config, summary, tables
+
+
+def wandb_records(file: Path) -> list:
+    """The protobuf records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts, found = file.read_bytes(), 7, b"", []
+    assert data.startswith(b":W&B")
+    while position < len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def test_a_broken_tracker_does_not_cost_the_point(application, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "wandb").write_text("a file where W&B wants a folder")
+    code, *_ = application("rank.k=0", "tracker=wandb", NO_TASKS)
+    swept = Swept(tmp_path / "results")
+    record = swept.of(method="caldera")
+    assert (code, record["status"]) == (0, "done")
+    log = (swept.folder(record) / "log.txt").read_text()
+    assert log.count("tracker wandb failed (FileExistsError") == 2  # the point and the uncompressed model
+
+
+def test_wandb_without_a_login_does_not_cost_the_point(swept, tmp_path, monkeypatch, caplog):
+    from sweeps.trackers import track
+
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    record = swept.of(rank=8)
+    monkeypatch.setattr("sweeps.trackers.logger.propagate", True)
+    track(record, record["config"]["tracker"] | {"name": "wandb", "mode": "online"}, tmp_path)
+    assert "tracker wandb failed (UsageError: No API key configured" in caplog.text
