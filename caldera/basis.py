@@ -77,7 +77,7 @@ def padded(x: Tensor, group: int) -> Tensor:
     return torch.block_diag(x, torch.eye(short, device=x.device)) if short else x
 
 
-def prepare(moments: Tensor, *, name: str, seed: int = 0, sigma: float = 1e-3, transformed: bool = True) -> Basis:
+def prepare(moments: Tensor, *, name: str, seed: int = 0, sigma: float = 3e-3, transformed: bool = True) -> Basis:
     """Basis of H = E[x x^T] (n, n). Raises NumericalError when H is not finite, all zero, or cannot be factorised."""
     require_finite(moments, f"{name}: second moments")
     mean = moments.diagonal().double().mean()

@@ -39,7 +39,7 @@ class Method:
     rotate: bool = True
     transform: bool = True
     tune_passes: int = 0
-    sigma: float = 1e-3
+    sigma: float = 3e-3
     tolerance: float = 1e-4
     patience: int = 3
     seed: int = 0

@@ -3,15 +3,18 @@
 import sys
 from pathlib import Path
 
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from caldera.errors import CalderaError, UserError
+from caldera.errors import CalderaError
 from sweeps.grid import expand
 from sweeps.pipeline import check_inputs, finished
 from sweeps.plan import Point, resolve
 from sweeps.progress import SWEEP
 from sweeps.store import read_json
+from sweeps.wording import sentence
 
 
 class SweepCallback(Callback):
@@ -19,17 +22,21 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         points, problems = [], []
-        for job in expand(config):
+        try:
+            jobs = expand(config)
+        except (HydraException, OmegaConfBaseException) as error:  # a value that its type refuses
+            jobs, problems = [], [sentence(error)]
+        for job in jobs:
             try:
                 points.append(resolve(job))
-            except UserError as error:
-                problems.append(str(error))
+            except CalderaError as error:
+                problems.append(sentence(error))
         refuse(problems)
         for point in {p.texts: p for p in points if not finished(p, p.name)}.values():
             try:
                 check_inputs(point)
             except CalderaError as error:
-                problems.append(str(error))
+                problems.append(sentence(error))
         refuse(problems)
         self.points = list({point.key: point for point in points}.values())
         SWEEP.total = len([p for p in self.points if not finished(p, p.name)])

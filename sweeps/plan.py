@@ -2,7 +2,8 @@
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,10 +16,10 @@ from caldera.quantizers import HALVES, get_quantizer
 from sweeps.evaluate import check_tasks
 from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
 from sweeps.paths import default_cache
-from sweeps.schema import Config
 from sweeps.store import digest, require_writable
 from sweeps.texts import text_digest
 from sweeps.trackers import check_tracker
+from sweeps.wording import known_keys
 
 FIT_VERSION = 1  # counts up when the same settings give another checkpoint
 
@@ -113,23 +114,24 @@ def _check_keys(cfg: DictConfig) -> None:
         raise UserError(f"{extra[0]} is no setting: remove it, or see conf/ for those there are")
 
 
-def known_keys() -> list[str]:
-    """Every setting of the schema, as an override names it."""
-    groups = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
-    return [*(f.name for f in fields(Config)), *(f"{g}.{f.name}" for g, kind in groups.items() for f in fields(kind))]
-
-
 def cache_of(config: dict) -> Path:
     return Path(config["cache"]).expanduser() if config["cache"] else default_cache()
 
 
 def _check_numbers(config: dict) -> None:
+    groups = {name: value for name, value in config.items() if isinstance(value, dict)}
+    for field, value in ((f"{g}.{k}", v) for g, settings in groups.items() for k, v in settings.items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{field}={value} must be a finite number")
+        if field.endswith(".name") and value and "/" in value:
+            raise UserError(f"{field}={value!r} names files: leave out the slash")
     positive = {"calibration": ("sequences", "length"), "evaluation": ("rows", "length", "batch_size", "limit")}
-    for group, names in positive.items():
-        for name in names:
-            value, least = config[group][name], 2 if name == "length" else 1
-            if value is not None and value < least:
-                raise UserError(f"{group}.{name}={value} must be at least {least}")
+    least_of = {f"{g}.{n}": 2 if n == "length" else 1 for g, names in positive.items() for n in names}
+    for field, least in (least_of | {"compute.threads": 0}).items():
+        group, name = field.split(".")
+        value = config[group][name]
+        if value is not None and value < least:
+            raise UserError(f"{field}={value} must be at least {least}")
 
 
 def _method(config: dict) -> Method:
@@ -226,6 +228,10 @@ def placement(compute: dict) -> tuple[str, str]:
     device = compute["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"compute.device={device!r} is no device: use auto, cpu, cuda or cuda:0") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"compute.device={device}: this torch sees no GPU; use compute.device=cpu")
     dtype = compute["dtype"]

@@ -1,8 +1,6 @@
 """`caldera-run`: a Hydra application whose task is one point. Configuration errors are one sentence and exit code 1."""
 
-import difflib
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -12,13 +10,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not 
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caldera.errors import CalderaError, UserError
 from sweeps.schema import register
+from sweeps.wording import sentence
 
 register()
 
@@ -58,23 +57,6 @@ def _run(cfg: DictConfig, single: bool) -> None:
             run_point(point, reporter)
     if single:
         show(Path(point.config["results"]))
-
-
-def sentence(error: Exception) -> str:
-    """An error in one line; Hydra's and OmegaConf's are worded to name the field, the value and the remedy."""
-    if not isinstance(error, HydraException | OmegaConfBaseException):
-        return str(error) or type(error).__name__
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, value = (error.missing_cfg_file or "").rpartition("/")
-        near = difflib.get_close_matches(value, error.options, 3, 0.3) or sorted(error.options)
-        return f"{group}={value} is not known; the nearest names are {', '.join(near)}"
-    text = " ".join(line.strip() for line in str(error.__cause__ or error).splitlines()[:1])
-    from sweeps.plan import known_keys
-
-    if match := re.search(r"Could not override '([\w.]+)'|Key '(\w+)'", f"{error} {text}"):
-        near = difflib.get_close_matches(match[1] or match[2], known_keys(), 3, 0.4)
-        return f"{match[1] or match[2]} is no setting; the nearest are {', '.join(near) or 'in conf/'}"
-    return text if str(error) in text else f"{str(error).splitlines()[0]}: {text}"
 
 
 def stop(error: Exception) -> None:

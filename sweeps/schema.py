@@ -64,7 +64,7 @@ class MethodConfig:
     rotate: bool = True
     transform: bool = True
     tune_passes: int = 2
-    sigma: float = 1e-3
+    sigma: float = 3e-3
     tolerance: float = 1e-4
     patience: int = 3
 

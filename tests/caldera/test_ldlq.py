@@ -9,7 +9,14 @@ from caldera.ldlq import PANEL, Rounded, ldlq, tune
 from caldera.linalg import block_feedback, damped_cholesky, diagonal_blocks
 from caldera.quantizers import get_quantizer
 from tests.caldera.oracles import (
-    basis_of, block_ldl, gaussian, ldlq_by_columns, ldlq_regret, never_rises, second_moments, tuned_by_columns,
+    basis_of,
+    block_ldl,
+    gaussian,
+    ldlq_by_columns,
+    ldlq_regret,
+    never_rises,
+    second_moments,
+    tuned_by_columns,
     weighted_loss,
 )  # fmt: skip
 

@@ -12,15 +12,11 @@ from tests.caldera.oracles import even_gaussian, gaussian
 
 PLAIN = quantizer_names()  # one scale a matrix
 CODED = [name for name in PLAIN if name not in HALVES]
-GRANULAR = [name + where for name in CODED for where in ("_row", "_g64", "_g32")]
+# Finer scales with the fewest, a middling and the most bits of each family: what is between them runs the same code.
+SPREAD = [f"{family}_{bits}bit" for family, books in FAMILIES.items() for bits in sorted({min(books), 4, max(books)})]
+GRANULAR = [name + where for name in SPREAD for where in ("_row", "_g64", "_g32")]
 ALL = PLAIN + GRANULAR
-# Where the scale search is most of the time: the fewest, a middling and the most bits of each family.
-REPRESENTATIVE = ["bf16", "fp16"] + [
-    f"{family}_{bits}bit{where}"
-    for family, books in FAMILIES.items()
-    for bits in sorted({min(books), 4, max(books)})
-    for where in ("", "_row", "_g64")
-]
+REPRESENTATIVE = [*HALVES, *(name + where for name in SPREAD for where in ("", "_row", "_g64"))]
 RESIDUAL = ("e8p_3bit", "e8p_4bit")
 ODD_SHAPES = [(1, 8), (3, 1), (1, 1), (7, 33)]
 
@@ -45,8 +41,11 @@ def random_storage(quantizer, m: int, n: int) -> tuple[torch.Tensor, Scales]:
 
 
 # -------------------------------------------------------------------------------------------------------------- storage
-@pytest.mark.parametrize("shape", ODD_SHAPES)
-@every_name
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, (7, 33)) for name in ALL]
+    + [(name, shape) for name in REPRESENTATIVE for shape in ((1, 8), (3, 1), (1, 1))],
+)
 def test_storage_is_as_declared_and_read_back_to_the_bit(name, shape):
     quantizer = get_quantizer(name)
     codes, scales = random_storage(quantizer, *shape)
@@ -162,11 +161,9 @@ def test_a_zero_row_beside_others_is_read_back_as_zeros(name):
     assert torch.equal(rounded(name, x)[2], torch.zeros(40))
 
 
-@pytest.mark.parametrize("value", [1.0, -3e-3])
 @every_name
-def test_constant_rows_stay_finite_and_near(name, value):
-    x = torch.full((4, 64), value)
-    x[1], x[3] = 2 * value, -value
+def test_constant_rows_stay_finite_and_near(name):
+    x = torch.tensor([1.0, 2.0, 1.0, -1.0])[:, None].repeat(1, 64)
     error = (rounded(name, x) - x).norm() / x.norm()
     # Two scales of one matrix and, for E8P, no codeword on the diagonal: half is the worst that 1 and 2 bits do.
     assert error < (0.55 if get_quantizer(name).bits <= 2 else 0.2)
@@ -231,7 +228,7 @@ def test_error_on_a_unit_gaussian_is_the_documented_one(name):
 @pytest.mark.parametrize("where", ["", "_row", "_g64", "_g32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_error_falls_with_every_bit(family, where):
-    x = gaussian(96, 192)
+    x = gaussian(48, 128)
     errors = [mean_squared_error(f"{family}_{bits}bit{where}", x) for bits in sorted(FAMILIES[family])]
     assert all(b < 0.6 * a for a, b in itertools.pairwise(errors))  # a quarter, were it not for tails and formats
 
@@ -239,7 +236,7 @@ def test_error_falls_with_every_bit(family, where):
 @pytest.mark.parametrize("name", [n for n in CODED if not n.startswith("e8p")])
 def test_finer_scales_are_no_worse_than_one_for_the_matrix(name):
     """Families that search their scale: a granule may always use the scale that serves the matrix."""
-    x = gaussian(128, 256)
+    x = gaussian(64, 128)
     assert mean_squared_error(f"{name}_g32", x) < 1.02 * mean_squared_error(name, x)
 
 

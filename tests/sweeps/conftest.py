@@ -43,7 +43,8 @@ def settings(tiny_llama_dir, tmp_path_factory) -> list[str]:
     """Overrides of the smallest real point: the tiny model, 1,024 tokens, one question in four choices."""
     cache = tmp_path_factory.mktemp("cache")
     groups = ["model=hf", "calibration=tiny", "evaluation=tiny", "tracker=none"]
-    return [*groups, f"model.path={tiny_llama_dir}", f"cache={cache}", "compute.threads=1"]
+    machine = ["compute.device=cpu", "compute.threads=1"]
+    return [*groups, *machine, f"model.path={tiny_llama_dir}", f"cache={cache}"]
 
 
 @pytest.fixture(scope="session")

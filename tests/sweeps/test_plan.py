@@ -21,7 +21,7 @@ OTHER = TEXT | {
     "q.family": "uniform", "l.family": "uniform", "r.family": "uniform",
     "q.scale": "row", "l.scale": "row", "r.scale": "row",
     "method.name": "other", "method.order": "q_first", "evaluation.tasks": [], "compute.dtype": "float16",
-    "compute.device": "cpu", "model.name": "other", "tracker.name": "wandb", "tracker.mode": "disabled",
+    "compute.device": "auto", "model.name": "other", "tracker.name": "wandb", "tracker.mode": "disabled",
     "tracker.project": "other", "tracker.entity": "other", "model.revision": "other", "sweep": "other",
 }  # fmt: skip
 LEFT_OUT = {"budget.bits", "model.path", "model.gguf_package", "model.gguf_file", "results", "cache"}  # see below
