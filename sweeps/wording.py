@@ -25,6 +25,8 @@ def sentence(error: Exception) -> str:
         near = difflib.get_close_matches(value, error.options, 3, 0.3) or sorted(error.options)
         return f"{group}={value} is not known; the nearest names are {', '.join(near)}"
     text = " ".join(line.strip() for line in str(error.__cause__ or error).splitlines()[:1])
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]} lists several values: add -m to run all of them"
     if match := re.search(r"Could not override '([\w.]+)'|Key '(\w+)'", f"{error} {text}"):
         near = difflib.get_close_matches(match[1] or match[2], known_keys(), 3, 0.4)
         return f"{match[1] or match[2]} is no setting; the nearest are {', '.join(near) or 'in conf/'}"

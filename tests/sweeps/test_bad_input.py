@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caldera.errors import CalderaError, NumericalError
 from sweeps import evaluate
 from sweeps.pipeline import check_inputs
-from sweeps.run import sentence
+from sweeps.wording import sentence
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ SETTINGS = [
     ("compute.dtype=int8", "compute.dtype='int8' must be auto, float32, bfloat16 or float16"),
     ("compute.device=toaster", "compute.device"),
     ("compute.device=''", "compute.device"),
+    ("compute.device=meta", "compute.device"),
     ("compute.threads=-1", "compute.threads=-1 must be"),
 ]
 

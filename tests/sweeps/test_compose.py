@@ -19,8 +19,8 @@ from caldera.quantizers import quantizer_names
 from sweeps.grid import expand
 from sweeps.models import ModelSource
 from sweeps.plan import quantizer_name, resolve
-from sweeps.run import sentence
 from sweeps.schema import Config, QuantizerConfig
+from sweeps.wording import sentence
 
 CONF = Path(str(importlib.resources.files("conf")))
 NOT_HYDRA = ("tasks",)  # lm-eval reads these
