@@ -96,16 +96,16 @@ def test_rounding_with_feedback_stays_on_the_device(q, n, fake, monkeypatch):
         (24, 12, {"rank": 0, "q": "uniform_4bit"}),
         (24, 12, {"rank": 0, "q": "nf_4bit_g64"}),
         (24, 20, {"rank": 0, "transform": False, "tune_passes": 1}),
-        (24, 20, {"rank": 4}),
-        (36, 40, {"rank": 1}),  # the randomized subspace instead of the dense SVD
+        (24, 12, {"rank": 4, "outer_iterations": 2}),  # the second warm-started
+        (36, 40, {"rank": 1, "q": "none"}),  # the randomized subspace instead of the dense SVD
         (24, 12, {"rank": 4, "q": "uniform_4bit", "l": "uniform_4bit", "r": "nf_2bit_row"}),
-        (24, 20, {"rank": 4, "l": "bf16", "r": "e8p_2bit", "order": "q_first", "warm_start": False}),
+        (24, 20, {"rank": 4, "l": "bf16", "r": "e8p_2bit", "order": "q_first"}),
         (24, 20, {"rank": 4, "q": "none", "l": "bf16", "r": "bf16"}),
         (24, 20, {"rank": 4, "transform": False, "rotate": False}),
     ],
 )
 def test_decomposition_stays_on_the_device(m, n, settings, fake):
-    method = Method(outer_iterations=2, inner_iterations=1, **settings)
+    method = Method(**{"outer_iterations": 1, "inner_iterations": 1} | settings)
     found = decompose(empty(m, n), empty(n, n), method)
     assert on_device(*found.packed.tensors.values(), found.dequantize())
     assert {k: (tuple(t.shape), t.dtype) for k, t in found.packed.tensors.items()} == found.spec.layout()

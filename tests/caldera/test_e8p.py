@@ -151,7 +151,7 @@ def test_search_is_exact_on_a_million_vectors():
     assert (found >= bound - 1e-5).all()
     rest = (found > bound + 1e-5).nonzero()[:, 0]
     assert 0.2 < len(rest) / len(x) < 0.5
-    rest = rest[:30_000]
+    rest = rest[:15_000]
     torch.testing.assert_close(found[rest], distance_by_force(x[rest], e8p_points()), rtol=0, atol=1e-5)
 
 

@@ -115,7 +115,7 @@ def test_rounding_twice_with_the_same_scales_is_rounding_once(name):
     twice = quantizer.decode(quantizer.encode(once, scales), scales, 80)
     if name.startswith(RESIDUAL):
         # The residual code is searched greedily, so a point of it may be read as another one nearby. That is rare.
-        assert (twice - once).square().mean() < 0.5 * (once - x).square().mean()
+        assert (twice - once).square().mean() < 0.05 * (once - x).square().mean()
         assert (twice != once).float().mean() < 0.1
     else:
         assert torch.equal(twice, once)
