@@ -11,9 +11,9 @@ from sweeps.progress import Reporter
 
 @pytest.mark.slow
 def test_smollm2_survives_two_bits(composed, tmp_path):
-    method = ["method.outer_iterations=1", "method.tune_passes=0", "method.sigma=1e-2", "rank.k=8"]
+    rounds = ["method.outer_iterations=1", "method.inner_iterations=1", "method.tune_passes=0"]
     tiny = ["calibration=tiny", "evaluation=tiny", "tracker=none", f"results={tmp_path}", "keep_checkpoint=false"]
-    point = resolve(composed(*tiny, *method))
+    point = resolve(composed(*tiny, *rounds, "method.sigma=1e-2", "rank.k=8"))
     check_inputs(point)
     record = run_point(point, Reporter(point.name))
     before = run_baseline(point, Reporter(point.name))["metrics"]["perplexity/heldout_256"]["value"]
