@@ -63,7 +63,7 @@ def _baseline(axes: Axes, row: pd.Series, metric: str, theme: style.Theme) -> Li
     """A dashed line at the uncompressed model's value; its label is the text that `Labels.along` writes beside it."""
     value = score(row[metric], row[f"{metric}:stderr"])
     look = {"color": theme.ink, "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 1}
-    text = f"uncompressed {row['model']}: {value}"
+    text = f"uncompressed {style.MODELS.get(row['model'], row['model'])}: {value}"
     return axes.axhline(row[metric], label=text, gid=f"baseline:{row['name']}", **look)
 
 

@@ -34,7 +34,14 @@ MEASURES = {
     "kl": "KL divergence",
     "perplexity": "Perplexity",
 }
-TEXTS = {"boolq": "BoolQ passages", "wikitext2": "WikiText-2", "c4": "C4"}
+TEXTS = {
+    "boolq": "BoolQ passages",
+    "embedded_heldout": "BoolQ passages",
+    "embedded_validation": "DROP passages",
+    "wikitext2": "WikiText-2",
+    "c4": "C4",
+}
+MODELS = {"smollm2_135m": "SmolLM2-135M-Instruct"}
 TASKS = {
     "arc_challenge": "ARC-Challenge",
     "arc_easy": "ARC-Easy",
