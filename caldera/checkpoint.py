@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from caldera.errors import CheckpointError
@@ -31,8 +31,7 @@ def write_matrices(directory: Path, file: str, matrices: Iterable[PackedMatrix])
     matrices = list(matrices)
     tensors = {f"{m.spec.name}.{key}": t.contiguous().cpu() for m in matrices for key, t in m.tensors.items()}
     specs = json.dumps([m.spec.to_json() for m in matrices])
-    with committed(directory / file) as part:
-        save_file(tensors, part, metadata={"format": "pt", "matrices": specs})
+    _write(directory / file, tensors, {"format": "pt", "matrices": specs})
 
 
 def write_rest(directory: Path, state: dict[str, Tensor], compressed: set[str], dtype: torch.dtype) -> None:
@@ -44,8 +43,19 @@ def write_rest(directory: Path, state: dict[str, Tensor], compressed: set[str], 
             continue
         seen.add(same)
         rest[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-    with committed(directory / REST) as part:
-        save_file(rest, part, metadata={"format": "pt"})
+    _write(directory / REST, rest, {"format": "pt"})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Commit a safetensors file whose header is sorted: the library orders metadata at random, and the same tensors
+    are to give the same bytes."""
+    data = save(tensors, metadata)
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    with committed(path) as part, part.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.write(memoryview(data)[8 + size :])
 
 
 def write_manifest(directory: Path, details: dict) -> None:

@@ -8,6 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from analysis.records import RecordError
 from caldera.errors import CalderaError
 from sweeps.grid import expand
 from sweeps.pipeline import check_inputs, finished
@@ -32,18 +33,21 @@ class SweepCallback(Callback):
             except CalderaError as error:
                 problems.append(sentence(error))
         refuse(problems)
-        for point in {p.texts: p for p in points if not finished(p, p.name)}.values():
-            try:
-                check_inputs(point)
-            except CalderaError as error:
-                problems.append(sentence(error))
-        refuse(problems)
         self.points = list({point.key: point for point in points}.values())
-        SWEEP.total = len([p for p in self.points if not finished(p, p.name)])
+        try:
+            todo = [point for point in self.points if not finished(point, point.name)]
+            for point in {p.texts: p for p in todo}.values():
+                check_inputs(point)
+        except CalderaError as error:
+            refuse([sentence(error)])
+        SWEEP.total = len(todo)
         print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        show(Path(self.points[0].config["results"]))
+        try:
+            show(Path(self.points[0].config["results"]))
+        except RecordError as error:
+            print(f"caldera-run: {error}", file=sys.stderr)
         failed = [
             name for name, record in ((p.name, _record(p)) for p in self.points) if record.get("status") != "done"
         ]

@@ -56,6 +56,7 @@ def compress_block(
     loaded = moments.load(index)
     for group in moments.groups(index):
         h = loaded[group.name].to(device)
+        at(f"{name}.{group.name}")
         basis = prepare(h, name=f"{name}.{group.name}", **options)
         for member in group.members:
             at(f"{name}.{member}")

@@ -77,7 +77,9 @@ def run_baseline(point: Point, reporter: Reporter) -> dict:
     with FileLock(f"{cached}.lock"):
         if not cached.is_file():
             write_json(cached, _baseline(point, reporter))
-    record = read_json(cached) | {"sweep": point.config["sweep"]}
+    record = read_json(cached)
+    record |= {"sweep": point.config["sweep"], "name": point.baseline_name, "config": point.config}
+    record["point"] |= {"model": point.config["model"]["name"]}
     copy = point.folder(point.baseline_name) / "record.json"
     if not copy.is_file():
         write_json(copy, record)

@@ -228,10 +228,8 @@ def placement(compute: dict) -> tuple[str, str]:
     device = compute["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"compute.device={device!r} is no device: use auto, cpu, cuda or cuda:0") from error
+    if device.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        raise UserError(f"compute.device={device!r} is no device to compute on: use auto, cpu, cuda or cuda:0")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"compute.device={device}: this torch sees no GPU; use compute.device=cpu")
     dtype = compute["dtype"]
