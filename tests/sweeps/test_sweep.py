@@ -1,12 +1,9 @@
-"""A sweep over a tiny real model, from the console script to the frontier: what it leaves, repeats, and survives."""
+"""A sweep over a tiny real model, from the console script to the frontier: what it leaves and what it repeats."""
 
 import csv
-import hashlib
-import json
 import math
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,47 +12,13 @@ from safetensors.torch import load_file
 
 from caldera import relative_error
 from caldera.checkpoint import block_file, load_dense, read_manifest, read_matrices
-from sweeps import compress, pipeline
+from sweeps import pipeline
 from sweeps.calibration import Moments
 from sweeps.evaluate import perplexity
 from sweeps.progress import Reporter
+from tests.sweeps.swept import NO_TASKS, TOP_LEVEL, Swept
 
-TOP_LEVEL = {
-    "schema_version", "status", "name", "key", "sweep", "created", "config", "point", "bits", "metrics", "matrices",
-    "timings_s", "memory", "environment", "seeds", "error",
-}  # fmt: skip
 METRICS = {"perplexity/heldout_256", "arc_easy/acc", "arc_easy/acc_norm"}
-NO_TASKS = "evaluation.tasks=[]"
-
-
-@dataclass
-class Swept:
-    """A finished sweep on disk."""
-
-    results: Path
-    output: str = ""
-    errors: str = ""
-    code: int = 0
-    records: list[dict] = field(init=False)
-
-    def __post_init__(self):
-        self.records = [json.loads(f.read_text()) for f in sorted(self.results.glob("points/*/record.json"))]
-
-    def of(self, **point) -> dict:
-        """The only record whose axes are these."""
-        (found,) = [r for r in self.records if all(r["point"][key] == value for key, value in point.items())]
-        return found
-
-    def folder(self, record: dict) -> Path:
-        return self.results / "points" / record["name"]
-
-    def checkpoint(self, record: dict) -> Path:
-        return self.folder(record) / "checkpoint"
-
-    def state(self) -> dict:
-        """Bytes and time of every file of the points."""
-        files = [f for f in sorted(self.results.glob("points/**/*")) if f.is_file() and f.name != ".lock"]
-        return {str(f): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns) for f in files}
 
 
 @pytest.fixture(scope="module")
@@ -268,139 +231,3 @@ def test_the_uncompressed_models_record_is_the_points_own(swept, point):
     record = pipeline.run_baseline(other, Reporter("second"))
     assert record["name"] == other.baseline_name == other.folder(other.baseline_name).name
     assert (record["point"]["model"], record["sweep"]) == ("renamed", "other")
-
-
-# ------------------------------------------------------------------------------------------------------------- failures
-@pytest.fixture
-def dead(altered) -> Path:
-    """A model in which no token reaches the MLP of block 1: its second moments are zero."""
-    return altered("dead", lambda tensors: tensors["model.layers.1.post_attention_layernorm.weight"].zero_())
-
-
-def test_a_failed_point_is_recorded_and_the_others_go_on(application, dead, tiny_llama_dir, tmp_path):
-    models = f"model.path={dead},{tiny_llama_dir}"
-    code, output, errors = application("-m", models, "rank.k=4", NO_TASKS)
-    swept = Swept(tmp_path / "results")
-    failed, done = swept.of(model="dead", method="caldera"), swept.of(model="tiny", method="caldera")
-    assert (code, failed["status"], done["status"]) == (1, "failed", "done")
-    assert set(failed) == TOP_LEVEL
-    assert (failed["metrics"], failed["bits"], failed["matrices"]) == ({}, None, [])
-    assert failed["error"]["type"] == "NumericalError"
-    assert "mlp.gate_proj: the second moments are zero" in failed["error"]["message"]
-    assert (failed["error"]["stage"], failed["error"]["block"]) == ("compress", 1)
-    assert failed["error"]["matrix"] == "model.layers.1.mlp.gate_proj"
-    assert "Traceback" in failed["error"]["traceback"] and "Traceback" not in output + errors
-    assert f"failed: {failed['name']}" in errors and done["name"] not in errors
-    assert (tmp_path / "results" / "frontier.png").is_file()
-    assert "point failed" in (swept.folder(failed) / "log.txt").read_text()
-
-
-def test_a_sweep_without_a_finished_point_fails_too(application, dead, tmp_path):
-    code, _, errors = application("-m", f"model.path={dead}", "rank.k=0", NO_TASKS)
-    failed = [r for r in Swept(tmp_path / "results").records if r["status"] == "failed"]
-    assert (len(failed), code) == (1, 1)
-    assert f"failed: {failed[0]['name']}" in errors
-
-
-def test_an_error_from_elsewhere_is_one_failed_point_and_is_made_up_for(application, monkeypatch, tmp_path):
-    real, name = compress.decompose, "model.layers.1.self_attn.k_proj"
-
-    def out_of_memory(weight, moments, method, **options):
-        if method.rank == 4 and options["name"] == name:
-            raise RuntimeError("out of memory")
-        return real(weight, moments, method, **options)
-
-    monkeypatch.setattr(compress, "decompose", out_of_memory)
-    sweep = ["-m", "rank.k=4,2", NO_TASKS, "keep_checkpoint=false"]
-    code, _, errors = application(*sweep)
-    swept = Swept(tmp_path / "results")
-    error = swept.of(rank=4)["error"]
-    assert (code, swept.of(rank=4)["status"], swept.of(rank=2)["status"]) == (1, "failed", "done")
-    assert [error[key] for key in ("type", "message", "stage", "matrix", "block")] == [
-        "RuntimeError", "out of memory", "compress", name, 1,
-    ]  # fmt: skip
-    assert f"failed: {swept.of(rank=4)['name']}" in errors
-
-    monkeypatch.undo()
-    before = swept.folder(swept.of(rank=2)).joinpath("record.json").stat().st_mtime_ns
-    code, output, errors = application(*sweep)
-    swept = Swept(tmp_path / "results")
-    assert (code, errors, swept.of(rank=4)["status"]) == (0, "", "done")
-    assert "2 points, 1 of them to compute" in output
-    assert swept.folder(swept.of(rank=2)).joinpath("record.json").stat().st_mtime_ns == before
-    assert not any(swept.checkpoint(record).exists() for record in swept.records)
-
-
-# -------------------------------------------------------------------------------------------------- budget and trackers
-def test_a_budget_is_kept_and_the_point_is_tracked(application, tmp_path):
-    code, *_ = application("budget=uniform", "budget.bits=2.5", "tracker=wandb", "sweep=tracked", NO_TASKS)
-    swept = Swept(tmp_path / "results")
-    record = swept.of(method="caldera")
-    assert (code, record["status"], record["point"]["budget_bits"]) == (0, "done", 2.5)
-    assert 2.4 < record["bits"]["stored"] <= 2.5
-    runs = {r["key"][:16]: offline_run(swept.results, r["key"][:16]) for r in swept.records}
-    for one in swept.records:
-        run, config, summary, tables = runs[one["key"][:16]]
-        assert (run.project, run.run_group, run.display_name) == ("caldera-sweeps", "tracked", one["name"])
-        assert {key: config[key] for key in one["point"]} == one["point"]
-        assert config["full"] == one["config"]
-        assert summary["perplexity/heldout_256"] == one["metrics"]["perplexity/heldout_256"]["value"]
-        assert summary["perplexity/heldout_256_stderr"] == one["metrics"]["perplexity/heldout_256"]["stderr"]
-        assert (summary["bits/stored"], summary["status"]) == (one["bits"]["stored"], "done")
-        assert {f"seconds/{stage}" for stage in one["timings_s"]} <= set(summary)
-        assert [len(table["data"]) for table in tables] == ([14] if one["matrices"] else [])
-
-
-def offline_run(results: Path, run_id: str) -> tuple:
-    """The run, its config, its summary and its tables, from W&B's own files of an offline run."""
-    (folder,) = (results / "wandb").glob(f"offline-run-*-{run_id}")
-    (run,) = [r.run for r in wandb_records(folder / f"run-{run_id}.wandb") if r.HasField("run")]
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    summary = {}
-    for record in wandb_records(folder / f"run-{run_id}.wandb"):
-        summary |= {i.key: json.loads(i.value_json) for i in record.summary.update if i.key}
-    tables = [json.loads(f.read_text()) for f in folder.glob("files/media/table/*.json")]
-    return run, config, summary, tables
-
-
-def wandb_records(file: Path) -> list:
-    """The protobuf records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, parts, found = file.read_bytes(), 7, b"", []
-    assert data.startswith(b":W&B")
-    while position < len(data):
-        if (left := 32768 - position % 32768) < 7:
-            position += left
-            continue
-        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(Record.FromString(parts))
-            parts = b""
-    return found
-
-
-def test_a_broken_tracker_does_not_cost_the_point(application, tmp_path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "wandb").write_text("a file where W&B wants a folder")
-    code, *_ = application("rank.k=0", "tracker=wandb", NO_TASKS)
-    swept = Swept(tmp_path / "results")
-    record = swept.of(method="caldera")
-    assert (code, record["status"]) == (0, "done")
-    log = (swept.folder(record) / "log.txt").read_text()
-    assert log.count("tracker wandb failed (FileExistsError") == 2  # the point and the uncompressed model
-
-
-def test_wandb_without_a_login_does_not_cost_the_point(swept, tmp_path, monkeypatch, caplog):
-    from sweeps.trackers import track
-
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    record = swept.of(rank=8)
-    monkeypatch.setattr("sweeps.trackers.logger.propagate", True)
-    track(record, record["config"]["tracker"] | {"name": "wandb", "mode": "online"}, tmp_path)
-    assert "tracker wandb failed (UsageError: No API key configured" in caplog.text
