@@ -22,7 +22,7 @@ def wandb_tracker(record: dict, config: dict, folder: Path) -> None:
     """A W&B run a point, in its sweep's group: axes flat in the config, numbers in the summary, a table of matrices."""
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=20)
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
     run = wandb.init(
         dir=folder, project=config["project"], entity=config["entity"], mode=config["mode"], settings=settings,
