@@ -169,14 +169,14 @@ class _Loop:
 
     def run(self) -> None:
         """Alternate until the iterations or the patience end. Without both parts one round is all there is to do."""
-        steps = [self._update_factors] * self.has_factors + [self._update_q] * self.has_q
+        steps = [("LR", self._update_factors)] * self.has_factors + [("Q", self._update_q)] * self.has_q
         steps = steps if self.method.order == "lr_first" else steps[::-1]
         stale = 0
         for iteration in range(self.method.outer_iterations if len(steps) == 2 else 1):
             before = self.best[0] if self.best else float("inf")
-            for step in steps:
-                step()
-                self._judge(iteration, step.__name__.removeprefix("_update_"))
+            for name, update in steps:
+                update()
+                self._judge(iteration, name)
             improved = self.best is not None and self.best[0] < before * (1 - self.method.tolerance)
             stale = 0 if improved else stale + 1
             if stale >= self.method.patience:
@@ -197,7 +197,8 @@ class _Loop:
     def _update_q(self) -> None:
         quantizer, target = get_quantizer(self.method.q), self.weight - self._product()
         self.q = ldlq(target, self.basis, quantizer)
-        self.q = tune(target, self.basis, quantizer, self.q, self.method.tune_passes)
+        if self.method.tune_passes:
+            self.q = tune(target, self.basis, quantizer, self.q, self.method.tune_passes)
 
     def _product(self) -> Tensor | float:
         return 0.0 if self.factors is None else self.factors[0].values.T @ self.factors[1].values
@@ -209,7 +210,7 @@ class _Loop:
         """Record the error after a half step and keep the iterate if it is complete and the best so far."""
         rest = self.weight - self._product() - (0.0 if self.q is None else self.q.values)
         error = _ratio(self._energy(rest), self.energy)
-        self.trace.append({"iteration": iteration, "step": {"q": "Q", "factors": "LR"}[step], "error": error})
+        self.trace.append({"iteration": iteration, "step": step, "error": error})
         complete = (self.q is not None or not self.has_q) and (self.factors is not None or not self.has_factors)
         if complete and (self.best is None or error < self.best[0]):
             self.best = (error, self.q, self.factors)

@@ -15,7 +15,7 @@ from sweeps.pipeline import check_inputs, finished
 from sweeps.plan import Point, resolve
 from sweeps.progress import SWEEP
 from sweeps.store import read_json
-from sweeps.wording import sentence
+from sweeps.wording import refuse, sentence
 
 
 class SweepCallback(Callback):
@@ -60,14 +60,6 @@ class SweepCallback(Callback):
 def _record(point: Point) -> dict:
     file = point.folder(point.name) / "record.json"
     return read_json(file) if file.is_file() else {}
-
-
-def refuse(problems: list[str]) -> None:
-    """Print each problem once and exit with 1, if there are any."""
-    for problem in dict.fromkeys(problems):
-        print(f"caldera-run: {problem}", file=sys.stderr)
-    if problems:
-        raise SystemExit(1)
 
 
 def show(results: Path) -> None:

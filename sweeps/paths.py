@@ -6,6 +6,8 @@ from pathlib import Path
 
 import platformdirs
 
+from caldera.files import committed, flush, sha256
+
 
 def default_cache() -> Path:
     """The cache folder: $CALDERA_CACHE if set, else the user's own cache folder. It may not exist yet."""
@@ -20,18 +22,13 @@ def file_digest(file: Path, cache: Path) -> str:
     memo = cache / "digests" / key
     if memo.exists():
         return memo.read_text()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    part = memo.with_suffix(f".{os.getpid()}")
-    part.write_text(digest)
-    part.replace(memo)
+    digest = sha256(file)
+    with committed(memo) as part:
+        part.write_text(digest)
     return digest
 
 
 def to_disk(folder: Path) -> None:
     """Waits until a flat folder's files and names have reached the disk."""
     for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush(path)

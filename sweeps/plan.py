@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from caldera.decompose import Method
 from caldera.errors import UserError
 from caldera.files import write_json
-from caldera.packed import MatrixSpec
 from caldera.quantizers import HALVES, get_quantizer
 from sweeps.evaluate import check_tasks
 from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
@@ -186,12 +185,11 @@ def _fitted(method: Method, config: dict, shapes: dict[str, list[int]]) -> Metho
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if _stored_bits(method, middle, shapes) <= bits else (low, middle - 1)
-    return Method(**vars(method) | {"rank": low})
+    return replace(method, rank=low)
 
 
 def _stored_bits(method: Method, rank: int, shapes: dict[str, list[int]]) -> float:
-    factors = (method.l, method.r) if rank else ("none", "none")
-    specs = [MatrixSpec(name, "", tuple(s), rank, method.q, *factors) for name, s in shapes.items()]
+    specs = [replace(method, rank=rank).spec(tuple(shape), name) for name, shape in shapes.items()]
     return 8 * sum(s.stored_bytes for s in specs) / sum(s.parameters for s in specs)
 
 

@@ -15,9 +15,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from caldera.errors import CalderaError, UserError
+from caldera.errors import CalderaError
 from sweeps.schema import register
-from sweeps.wording import sentence
+from sweeps.wording import refuse, sentence
 
 register()
 
@@ -30,7 +30,7 @@ def app(cfg: DictConfig) -> None:
         _run(cfg, single)
     except Exception as error:  # whatever it is, the other points of a multirun go on
         if single and isinstance(error, CalderaError):
-            stop(error)
+            refuse([sentence(error)])
         if single:
             raise
         print(f"  failed: {sentence(error)}", file=sys.stderr, flush=True)
@@ -51,7 +51,8 @@ def _run(cfg: DictConfig, single: bool) -> None:
     if finished(point, point.name):
         reporter.say(f"{point.name}: done before")
     else:
-        check_inputs(point)
+        if single:  # the whole grid of a multirun was checked before its first point
+            check_inputs(point)
         with SWEEP.point() as heading:
             reporter.say(heading(point.name))
             run_point(point, reporter)
@@ -59,22 +60,14 @@ def _run(cfg: DictConfig, single: bool) -> None:
         show(Path(point.config["results"]))
 
 
-def stop(error: Exception) -> None:
-    """Print one sentence and exit with 1."""
-    print(f"caldera-run: {sentence(error)}", file=sys.stderr)
-    raise SystemExit(1) from None
-
-
 def main() -> None:
     """Console script."""
     try:
         app()
     except (CalderaError, HydraException, OmegaConfBaseException) as error:
-        stop(error)
+        refuse([sentence(error)])
     except OSError as error:  # Hydra makes the results folder before any code of ours runs
-        stop(
-            UserError(f"{error.filename} cannot be written to ({error.strerror}): choose another folder by results=...")
-        )
+        refuse([f"{error.filename} cannot be written to ({error.strerror}): choose another folder by results=..."])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from dataclasses import fields, is_dataclass
 
 from hydra.errors import HydraException, MissingConfigException
@@ -14,6 +15,14 @@ def known_keys() -> list[str]:
     """Every setting of the schema, as an override names it."""
     groups = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
     return [*(f.name for f in fields(Config)), *(f"{g}.{f.name}" for g, kind in groups.items() for f in fields(kind))]
+
+
+def refuse(problems: list[str]) -> None:
+    """Print each problem once and exit with 1, if there are any."""
+    for problem in dict.fromkeys(problems):
+        print(f"caldera-run: {problem}", file=sys.stderr)
+    if problems:
+        raise SystemExit(1)
 
 
 def sentence(error: Exception) -> str:

@@ -23,15 +23,6 @@ NO_HADAMARD = [3, 7, 13, 26, 545, 830]
 HARTLEY = [10007, 20014]  # odd part above hadamard.LARGEST
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small factorisations on a busy machine wait for threads more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def gaussian(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 

@@ -14,15 +14,6 @@ from sweeps.progress import SWEEP
 from sweeps.run import main
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Small matrices on a busy machine wait for threads more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory, smollm2_dir) -> Path:
     """A random two-layer Llama that speaks SmolLM2's tokens; its smallest matrix is 32 x 64."""
