@@ -1,6 +1,6 @@
-"""A causal LM seen as a chain of decoder blocks, whatever its family: where they are, what is linear in them."""
+"""A causal LM seen as a chain of decoder blocks, whatever its family: where they are, what flows through them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -8,37 +8,58 @@ import torch
 from torch import Tensor, nn
 
 from caldera.errors import UserError
+from caldera.matrices import Matrix, Products, matrices, watch
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once everything that was wanted has been seen."""
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the outermost, longest ModuleList with linear layers in every entry.
+    """Name and list of the decoder blocks: the outermost, longest ModuleList with matrices in every entry.
 
     Raises UserError when there is none.
     """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    lists = [(name, m) for name, m in lists if all(linears(block) for block in m)]
+    lists = [(name, m) for name, m in lists if all(matrices(block) for block in m)]
     outer = [(name, m) for name, m in lists if not any(name.startswith(f"{o}.") for o, _ in lists)]
     if not outer:
-        raise UserError(f"model {type(model).__name__} has no list of decoder blocks with linear layers to compress")
+        raise UserError(f"model {type(model).__name__} has no list of decoder blocks with matrices to compress")
     return max(outer, key=lambda pair: len(pair[1]))
 
 
-def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers of a block by their name in it."""
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+def named_matrices(model: nn.Module) -> dict[str, Matrix]:
+    """The matrices of all blocks by full name, in order; one that two blocks share has the first one's name."""
+    prefix, blocks = decoder_blocks(model)
+    seen: set[tuple] = set()
+    found = {}
+    for index, block in enumerate(blocks):
+        own = {f"{prefix}.{index}.{name}": m for name, m in matrices(block).items()}
+        found |= {name: m for name, m in own.items() if (id(m.whole), m.expert) not in seen}
+        seen.update((id(m.whole), m.expert) for m in own.values())
+    return found
+
+
+def covered(model: nn.Module, compressed: Collection[str]) -> set[str]:
+    """State-dict names of the parameters that the matrices of these full names hold entirely."""
+    parts = named_matrices(model)
+    kept = {id(m.whole) for name, m in parts.items() if name not in compressed}
+    whole = {id(m.whole) for m in parts.values()} - kept
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in whole}
 
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linear layers of a block that receive the very same tensor; `name` is the first one's."""
+    """Matrices of a block that receive the very same tensor; `name` is the first one's.
+
+    Groups of one `stage` run side by side: the experts of a mixture.
+    """
 
     name: str
     members: tuple[str, ...]
     width: int
+    stage: str
+    expert: bool = False
 
 
 @dataclass
@@ -46,7 +67,7 @@ class Stream:
     """Hidden states (rows of (1, length, width)) on their way through the blocks, and each block's other arguments."""
 
     hidden: list[Tensor]
-    arguments: list[dict]
+    arguments: list[tuple[tuple, dict]]
 
     @classmethod
     @torch.inference_mode()
@@ -58,29 +79,41 @@ class Stream:
         _, blocks = decoder_blocks(model)
         device = next(model.parameters()).device
         arguments, hidden = [], []
+        if getattr(model.config, "_experts_implementation", None):
+            model.set_experts_implementation("eager")  # one product an expert: fused kernels show no weight
 
-        def note(_module, _args, kwargs):
-            arguments.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        def note(_module, args, kwargs):
+            arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
         def keep(_module, args, kwargs):
             hidden.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
+            raise Stop
 
         with _hooked([(block, note) for block in blocks]):
             model(rows[:1].to(device), use_cache=False)
         with _hooked([(blocks[0], keep)]):
             for row in rows:
-                _until_stop(model, row[None].to(device))
+                with suppress(Stop):
+                    model(row[None].to(device), use_cache=False)
         return cls(hidden, arguments)
 
     @torch.inference_mode()
+    def run(self, block: nn.Module, index: int, row: int) -> Tensor:
+        """The block's output (1, length, width) for one row."""
+        args, kwargs = self.arguments[index]
+        out = block(self.hidden[row], *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
     def advance(self, block: nn.Module, index: int, progress: Callable[[int], None] | None = None) -> None:
         """Replace every row by the block's output for it."""
-        for i, x in enumerate(self.hidden):
-            out = block(x, **self.arguments[index])
-            self.hidden[i] = out[0] if isinstance(out, tuple) else out
+        for row in range(len(self.hidden)):
+            self.hidden[row] = self.run(block, index, row)
             if progress:
                 progress(1)
+
+    def stacked(self) -> Tensor:
+        """All rows (rows, length, width)."""
+        return torch.cat(self.hidden)
 
 
 @contextmanager
@@ -93,29 +126,60 @@ def _hooked(pairs) -> Iterator[None]:
             handle.remove()
 
 
-def _until_stop(model: nn.Module, row: Tensor) -> None:
-    with suppress(_Stop):
-        model(row, use_cache=False)
-
-
-@torch.inference_mode()
 def input_groups(block: nn.Module, stream: Stream, index: int) -> list[InputGroup]:
-    """Groups of linear layers that receive one tensor, seen in a forward pass of the stream's first row.
+    """Groups of matrices that receive one tensor, in the order in which they run, seen on the stream's first row.
 
-    Layers that the row does not reach (an expert without a token) are left out.
+    An expert that the row does not reach stands alone, after the others; another layer without a token is left out.
     """
     seen: dict[tuple, list[str]] = {}
     held = []  # keeps every input alive, so that no address is used twice
+    found = matrices(block)
 
-    def note(name: str):
-        def hook(_module, args, _kwargs):
-            x = args[0]
-            held.append(x)
-            seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+    def note(name: str, x: Tensor) -> None:
+        held.append(x)
+        seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
 
-        return hook
+    with watch(found.values(), note):
+        stream.run(block, index, 0)
+    groups = list(dict.fromkeys(tuple(dict.fromkeys(names)) for names in seen.values()))
+    reached = {name for names in groups for name in names}
+    groups += [(name,) for name, m in found.items() if m.expert is not None and name not in reached]
+    return _staged([_group(names, found[names[0]]) for names in groups])
 
-    layers = linears(block)
-    with _hooked([(layer, note(name)) for name, layer in layers.items()]):
-        block(stream.hidden[0], **stream.arguments[index])
-    return [InputGroup(names[0], tuple(dict.fromkeys(names)), layers[names[0]].in_features) for names in seen.values()]
+
+def _group(names: tuple[str, ...], first: Matrix) -> InputGroup:
+    return InputGroup(names[0], names, first.shape[1], first.stage, first.expert is not None)
+
+
+def _staged(groups: list[InputGroup]) -> list[InputGroup]:
+    """Groups of one stage side by side, at the place of the first."""
+    stages = list(dict.fromkeys(group.stage for group in groups))
+    return sorted(groups, key=lambda group: stages.index(group.stage))
+
+
+@torch.inference_mode()
+def residual_writers(block: nn.Module, stream: Stream, index: int) -> list[str]:
+    """Matrices whose output is added, as it is, to the hidden states that leave the block: o_proj, down_proj.
+
+    Found by experiment on the stream's first row: with the outputs of all candidates set to zero, a random output of
+    one must reach the end of the block unchanged. A norm or a factor behind a matrix rules it out.
+    """
+    width = stream.hidden[0].shape[-1]
+    candidates = {name: m for name, m in matrices(block).items() if m.shape[0] == width}
+
+    def output(chosen: str | None, value: Tensor | None) -> Tensor:
+        def seen(name: str, x: Tensor, _y) -> Tensor:
+            zeros = torch.zeros(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
+            return zeros + value.reshape(zeros.shape) if name == chosen else zeros
+
+        with Products(candidates.values(), seen):
+            return stream.run(block, index, 0)
+
+    base = output(None, None)
+    size = float(base.float().square().mean().sqrt())
+    generator = torch.Generator().manual_seed(index)
+    value = (size * torch.randn(base.shape, generator=generator)).to(base)
+    expected = base + value
+    layers = [name for name, m in candidates.items() if m.expert is None]
+    close = {name: (output(name, value) - expected).float().abs().max() for name in layers}
+    return [name for name, gap in close.items() if float(gap) <= 0.05 * size]

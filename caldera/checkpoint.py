@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from caldera.blocks import named_matrices
 from caldera.errors import CheckpointError
 from caldera.files import committed, sha256, write_json
 from caldera.packed import MatrixSpec, PackedMatrix
@@ -34,12 +35,12 @@ def write_matrices(directory: Path, file: str, matrices: Iterable[PackedMatrix])
     _write(directory / file, tensors, {"format": "pt", "matrices": specs})
 
 
-def write_rest(directory: Path, state: dict[str, Tensor], compressed: set[str], dtype: torch.dtype) -> None:
-    """Commit all tensors that are not compressed weights, floating ones as `dtype`; shared tensors once."""
+def write_rest(directory: Path, state: dict[str, Tensor], covered: set[str], dtype: torch.dtype) -> None:
+    """Commit all tensors of `state` but the `covered` ones, floating ones as `dtype`; shared tensors once."""
     seen, rest = set(), {}
     for name, tensor in state.items():
         same = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if (name.endswith(".weight") and name.removesuffix(".weight") in compressed) or same in seen:
+        if name in covered or same in seen:
             continue
         seen.add(same)
         rest[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -128,10 +129,10 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.float32, verify: bool
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
     rest = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(directory / REST).items()}
     model.load_state_dict(rest, strict=False, assign=True)
+    places = named_matrices(model)
     for file in (f for f in manifest["files"] if f.startswith("model-block-")):
         for matrix in read_matrices(directory, file):
-            weight = nn.Parameter(matrix.dequantize().to(dtype), requires_grad=False)
-            model.get_submodule(matrix.spec.name).weight = weight
+            places[matrix.spec.name].write(matrix.dequantize().to(dtype))
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:

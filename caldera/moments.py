@@ -1,4 +1,4 @@
-"""Second moments H = E[x x^T] of the inputs of a block's linear layers."""
+"""Second moments H = E[x x^T] of the inputs of a block's matrices."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from caldera.blocks import InputGroup, Stream, _hooked, linears
+from caldera.blocks import InputGroup, Stream
 from caldera.errors import NumericalError
+from caldera.matrices import matrices, watch
 
 STRIPS = 4  # of H, so that only its lower triangle of strips is computed
 
@@ -34,8 +35,12 @@ class Accumulator:
 
     def mean(self) -> Tensor:
         """H (n, n), symmetric."""
+        return self.symmetric() / max(self.tokens, 1)
+
+    def symmetric(self) -> Tensor:
+        """The sum of x x^T (n, n)."""
         lower = self.total.tril()
-        return (lower + lower.tril(-1).T) / max(self.tokens, 1)
+        return lower + lower.tril(-1).T
 
 
 @torch.inference_mode()
@@ -46,15 +51,27 @@ def collect(
 
     Raises NumericalError naming block and layer when an activation is NaN or infinite.
     """
-    layers = linears(block)
+    layers = matrices(block)
     found = {g.name: Accumulator.zeros(g.width, stream.hidden[0].device) for g in groups}
-
-    def add(name: str):
-        return lambda _module, args, _kwargs: found[name].add(args[0])
-
-    with _hooked([(layers[g.name], add(g.name)) for g in groups]):
+    with watch([layers[g.name] for g in groups], lambda name, x: found[name].add(x)):
         stream.advance(block, index, progress)
     for name, accumulator in found.items():
         if not torch.isfinite(accumulator.total.diagonal()).all():
             raise NumericalError(f"{what}.{name}: its input activations contain NaN or infinity")
     return found
+
+
+def pooled(groups: list[InputGroup], found: dict[str, Accumulator]) -> tuple[dict[str, Tensor], list[str]]:
+    """H (n, n) of each group by name, and the names of experts that saw fewer tokens than they are wide.
+
+    Such an expert's moments are filled up to n tokens with the mean over all experts of its stage, so that H has full
+    rank and an expert without any token is fitted to what its fellows see.
+    """
+    moments = {g.name: found[g.name].mean() for g in groups}
+    few = [g for g in groups if g.expert and found[g.name].tokens < g.width]
+    for group in few:
+        fellows = [found[g.name] for g in groups if g.stage == group.stage]
+        mean = sum(f.symmetric() for f in fellows) / max(sum(f.tokens for f in fellows), 1)
+        own = found[group.name]
+        moments[group.name] = (own.symmetric() + (group.width - own.tokens) * mean) / group.width
+    return moments, [g.name for g in few]

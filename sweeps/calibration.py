@@ -1,24 +1,28 @@
-"""Second moments of a model's inputs, collected once and shared by every point of every later sweep."""
+"""What the original model's matrices receive, collected once and shared by every point of every later sweep.
+
+A folder holds, a block, the second moments of its inputs and the hidden states that enter it; the manifest, written
+last, lists the groups of matrices that receive one tensor.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from caldera.blocks import InputGroup, Stream, decoder_blocks, input_groups
+from caldera.blocks import InputGroup, Stream, decoder_blocks, input_groups, residual_writers
 from caldera.files import committed, write_json
-from caldera.moments import collect
+from caldera.moments import collect, pooled
 from sweeps.store import read_json
 
 DONE = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Moments:
-    """A folder with one file of second moments a block, and a manifest of the groups that share them."""
+class Calibration:
+    """A finished folder. Raises UserError when a file of it is unreadable."""
 
     directory: Path
 
@@ -27,39 +31,63 @@ class Moments:
         return read_json(self.directory / DONE)
 
     def groups(self, block: int) -> list[InputGroup]:
-        """The groups of linear layers that receive one tensor, named inside the block."""
-        entries = self.manifest["blocks"][block]
-        return [InputGroup(g["name"], tuple(g["members"]), g["width"]) for g in entries]
+        """The groups of matrices that receive one tensor, named inside the block, in the order in which they run."""
+        entries = self.manifest["blocks"][block]["groups"]
+        return [InputGroup(g["name"], tuple(g["members"]), g["width"], g["stage"], expert=g["expert"]) for g in entries]
+
+    def residual_writers(self, block: int) -> list[str]:
+        """Matrices whose output is added to the hidden states as it is."""
+        return self.manifest["blocks"][block]["residual_writers"]
 
     def tokens(self, block: int) -> dict[str, int]:
         """Tokens that each group saw."""
-        return {g["name"]: g["tokens"] for g in self.manifest["blocks"][block]}
+        return {g["name"]: g["tokens"] for g in self.manifest["blocks"][block]["groups"]}
 
-    def load(self, block: int) -> dict[str, Tensor]:
+    def moments(self, block: int) -> dict[str, Tensor]:
         """H (n, n) float32 of each group of a block."""
-        return load_file(self.directory / _file(block))
+        return load_file(self.directory / _moments_file(block))
+
+    def hidden(self, block: int) -> Tensor:
+        """The hidden states (rows, length, width) that enter a block."""
+        return load_file(self.directory / _hidden_file(block))["hidden"]
 
 
-def _file(block: int) -> str:
+def _moments_file(block: int) -> str:
     return f"block-{block:05d}.safetensors"
 
 
-def ensure_moments(
-    directory: Path, model: Callable[[], nn.Module], rows: Callable[[], Tensor], progress: Callable[[int, int], None]
-) -> Moments:
-    """The moments in `directory`, collected from `model()` over `rows()` (sequences, length) unless they are there.
+def _hidden_file(block: int) -> str:
+    return f"hidden-{block:05d}.safetensors"
 
-    One process collects, others wait for it. Raises NumericalError naming block and layer for NaN or infinity.
+
+def ensure_calibration(
+    directory: Path,
+    model: Callable[[], nn.Module],
+    rows: Callable[[], Tensor],
+    progress: Callable[[int, int], None],
+    hidden: bool = False,
+) -> Calibration:
+    """The calibration in `directory`, collected from `model()` over `rows()` (sequences, length) unless it is there.
+
+    `hidden` asks for the hidden states too. One process collects, others wait for it. Raises NumericalError naming
+    block and layer for NaN or infinity.
     """
-    if not (directory / DONE).is_file():
+    if not _complete(directory, hidden):
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
-            if not (directory / DONE).is_file():
-                _collect_all(directory, model(), rows(), progress)
-    return Moments(directory)
+            if not _complete(directory, hidden):
+                _collect_all(directory, model(), rows(), progress, hidden)
+    return Calibration(directory)
 
 
-def _collect_all(directory: Path, model: nn.Module, rows: Tensor, progress: Callable[[int, int], None]) -> None:
+def _complete(directory: Path, hidden: bool) -> bool:
+    file = directory / DONE
+    return file.is_file() and (not hidden or read_json(file)["hidden"])
+
+
+def _collect_all(
+    directory: Path, model: nn.Module, rows: Tensor, progress: Callable[[int, int], None], hidden: bool
+) -> None:
     name, blocks = decoder_blocks(model)
     stream, done, listed = Stream.open(model, rows), 0, []
 
@@ -69,9 +97,15 @@ def _collect_all(directory: Path, model: nn.Module, rows: Tensor, progress: Call
         progress(done, len(blocks) * len(rows))
 
     for index, block in enumerate(blocks):
-        groups = input_groups(block, stream, index)
+        if hidden:
+            with committed(directory / _hidden_file(index)) as part:
+                save_file({"hidden": stream.stacked().cpu()}, part)
+        groups, writers = input_groups(block, stream, index), residual_writers(block, stream, index)
         found = collect(block, stream, index, groups, f"{name}.{index}", step)
-        with committed(directory / _file(index)) as part:
-            save_file({key: a.mean().cpu().contiguous() for key, a in found.items()}, part)
-        listed.append([g.__dict__ | {"tokens": found[g.name].tokens} for g in groups])
-    write_json(directory / DONE, {"blocks_name": name, "blocks": listed, "tokens": rows.numel()})
+        moments, few = pooled(groups, found)
+        with committed(directory / _moments_file(index)) as part:
+            save_file({key: h.cpu().contiguous() for key, h in moments.items()}, part)
+        facts = [asdict(g) | {"tokens": found[g.name].tokens, "filled_up": g.name in few} for g in groups]
+        listed.append({"groups": facts, "residual_writers": writers})
+    facts = {"blocks_name": name, "blocks": listed, "tokens": rows.numel(), "hidden": hidden}
+    write_json(directory / DONE, facts)

@@ -2,30 +2,35 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from caldera import Decomposition, Method, decompose, prepare
-from caldera.blocks import decoder_blocks, linears
+from caldera import Basis, Decomposition, Method, decompose, prepare
+from caldera.blocks import covered, decoder_blocks, named_matrices
 from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
-from sweeps.calibration import Moments
+from caldera.matrices import Matrix
+from sweeps.inputs import CorrectedPrefix, Given, Original
 from sweeps.progress import Stage
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer, as the source has them
+Inputs = Original | CorrectedPrefix
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What every matrix is compressed with: the method, which matrices (full names), where to compute."""
+
+    method: Method
+    names: frozenset[str]
+    device: torch.device
 
 
 def compress(
-    source: Path,
-    model: nn.Module,
-    moments: Moments,
-    method: Method,
-    target: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Stage,
+    source: Path, model: nn.Module, inputs: Inputs, fit: Fit, target: Path, dtype: torch.dtype, progress: Stage
 ) -> list[dict]:
     """Write the packed checkpoint of `model` (float32, from the folder `source`) to `target`.
 
@@ -36,41 +41,53 @@ def compress(
     for file in (f for pattern in COPIED for f in source.glob(pattern) if ".safetensors." not in f.name):
         shutil.copyfile(file, target / file.name)
     name, blocks = decoder_blocks(model)
+    layers = {full: m for full, m in named_matrices(model).items() if full in fit.names}
     summaries = []
-    for index, block in enumerate(blocks):
-        found = compress_block(block, f"{name}.{index}", moments, index, method, device, progress.at)
-        write_matrices(target, block_file(index), [d.packed for d, _ in found])
-        summaries += [summary(d, seconds) for d, seconds in found]
+    for index in range(len(blocks)):
+        packed = []
+        for d, facts in compress_block(layers, f"{name}.{index}", inputs, index, fit, progress.at):
+            packed.append(d.packed)
+            summaries.append(summary(d) | facts)
+        write_matrices(target, block_file(index), packed)
         progress(index + 1, len(blocks))
-    write_rest(target, model.state_dict(), {s["name"] for s in summaries}, dtype)
-    write_manifest(target, {"method": vars(method)})
+    write_rest(target, model.state_dict(), covered(model, {s["name"] for s in summaries}), dtype)
+    write_manifest(target, {"method": vars(fit.method)})
     return summaries
 
 
 def compress_block(
-    block: nn.Module, name: str, moments: Moments, index: int, method: Method, device: torch.device, at: Callable
-) -> list[tuple[Decomposition, float]]:
-    """Decompositions of a block's matrices, with seconds each; those that share moments share a basis."""
-    layers, found = linears(block), []
-    options = {"seed": method.seed, "sigma": method.sigma, "transformed": method.transform}
-    loaded = moments.load(index)
-    for group in moments.groups(index):
-        h = loaded[group.name].to(device)
-        at(f"{name}.{group.name}")
-        basis = prepare(h, name=f"{name}.{group.name}", **options)
-        for member in group.members:
-            at(f"{name}.{member}")
-            start = time.perf_counter()
-            weight = layers[member].weight.detach().to(device, torch.float32)
-            result = decompose(weight, h, method, name=f"{name}.{member}", basis=basis)
-            found.append((result, time.perf_counter() - start))
-    return found
+    layers: dict[str, Matrix], block: str, inputs: Inputs, index: int, fit: Fit, at: Callable
+) -> Iterator[tuple[Decomposition, dict]]:
+    """Decompositions of a block's matrices, and what else a record says of each; a group shares one basis."""
+    for stage in inputs.stages(index):
+        for given in stage:
+            members = [name for name in given.group.members if f"{block}.{name}" in layers]
+            if not members:
+                continue
+            at(f"{block}.{given.group.name}")
+            basis = _basis(f"{block}.{given.group.name}", given, fit.method)
+            for name in members:
+                at(f"{block}.{name}")
+                start = time.perf_counter()
+                weight = layers[f"{block}.{name}"].read().to(fit.device, torch.float32)
+                d = decompose(
+                    given.target(name, weight), given.moments, fit.method, name=f"{block}.{name}", basis=basis
+                )
+                approximation = d.dequantize()
+                inputs.install(name, approximation)
+                error = given.output_error(weight, approximation)
+                facts = {"tokens": given.tokens, "output_error": d.relative_error if error is None else error}
+                yield d, facts | {"seconds": time.perf_counter() - start}
 
 
-def summary(d: Decomposition, seconds: float) -> dict:
+def _basis(name: str, given: Given, method: Method) -> Basis:
+    return prepare(given.moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
+
+
+def summary(d: Decomposition) -> dict:
     """What a record says of one matrix."""
     spec = d.spec
     axes = {"shape": list(spec.shape), "rank": spec.rank, "q": spec.q, "l": spec.l, "r": spec.r}
     bits = {"nominal_bits": d.nominal_bits, "stored_bits": d.stored_bits, "stored_bytes": d.stored_bytes}
-    fit = {"relative_error": d.relative_error, "trace": d.trace, "sigma": d.sigma, "seconds": seconds}
+    fit = {"relative_error": d.relative_error, "trace": d.trace, "sigma": d.sigma}
     return {"name": spec.name} | axes | bits | fit

@@ -108,18 +108,31 @@ def _baseline(point: Point, reporter: Reporter) -> dict:
 def _compress(point: Point, reporter: Reporter, target: Path) -> list[dict]:
     import torch
 
-    from sweeps.calibration import ensure_moments
-    from sweeps.compress import compress
+    from sweeps.compress import Fit, compress
 
-    trusted = point.config["model"]["trust_remote_code"]
     device = torch.device(point.device)
-    with reporter.stage("calibrate") as progress:
-        folder = point.cache / "moments" / point.moments_key[:24]
-        base = functools.partial(_base_model, point.checkpoint, point.dtype, trusted)
-        moments = ensure_moments(folder, lambda: base().to(device), lambda: _rows(point, "calibration"), progress)
+    inputs = _inputs(point, reporter, device)
+    fit = Fit(point.method, frozenset(point.inventory), device)
     with reporter.stage("compress") as progress:
-        model = _base_model(point.checkpoint, "float32", trusted)
-        return compress(point.checkpoint, model, moments, point.method, target, _dtype(point), device, progress)
+        model = _base_model(point.checkpoint, "float32", point.config["model"]["trust_remote_code"])
+        return compress(point.checkpoint, model, inputs, fit, target, _dtype(point), progress)
+
+
+def _inputs(point: Point, reporter: Reporter, device):
+    """What the matrices are fitted to: see `sweeps.inputs`."""
+    from sweeps.calibration import ensure_calibration
+    from sweeps.inputs import CorrectedPrefix, Original
+
+    def model():
+        return _base_model(point.checkpoint, point.dtype, point.config["model"]["trust_remote_code"]).to(device)
+
+    folder = point.cache / "moments" / point.moments_key[:24]
+    with reporter.stage("calibrate") as progress:
+        hidden = point.correction is not None
+        found = ensure_calibration(folder, model, lambda: _rows(point, "calibration"), progress, hidden)
+    if point.correction is None:
+        return Original(found, device)
+    return CorrectedPrefix(found, model(), _rows(point, "calibration"), point.correction)
 
 
 def _evaluate(point: Point, reporter: Reporter, model) -> dict:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from caldera.correction import Correction
 from caldera.decompose import Method
 from caldera.errors import UserError
 from caldera.files import write_json
+from caldera.matrices import chosen
 from caldera.quantizers import HALVES, get_quantizer
 from sweeps.evaluate import check_tasks
 from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
@@ -20,7 +22,7 @@ from sweeps.texts import text_digest
 from sweeps.trackers import check_tracker
 from sweeps.wording import known_keys
 
-FIT_VERSION = 1  # counts up when the same settings give another checkpoint
+FIT_VERSION = 2  # counts up when the same settings give another checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Point:
 
     config: dict
     method: Method
+    correction: Correction | None  # None: the original model's inputs
     checkpoint: Path  # the uncompressed model
     tokenizer: str  # digest
     dtype: str
@@ -36,12 +39,14 @@ class Point:
     moments_key: str
     evaluation_key: str
     model_key: str  # fingerprint of the uncompressed model
-    inventory: dict[str, list[int]]
+    inventory: dict[str, list[int]]  # shape (m, n) of every matrix that is compressed
 
     @property
     def key(self) -> str:
         fit = asdict(self.method) | ({} if self.method.rank else {"l": None, "r": None})
-        stored = [FIT_VERSION, self.moments_key, fit, self.config["method"]["name"], self.dtype]
+        corrected = self.correction and asdict(self.correction)
+        names = sorted(self.inventory)
+        stored = [FIT_VERSION, self.moments_key, fit, corrected, names, self.config["method"]["name"], self.dtype]
         return digest([stored, self.evaluation_key])
 
     @property
@@ -93,14 +98,16 @@ def resolve(cfg: DictConfig) -> Point:
     method = _method(config)
     source = _source(config["model"])
     directory = checkpoint_dir(source, cache)
-    shapes = inventory(directory, cache, source.trust_remote_code)
+    shapes = _chosen(inventory(directory, cache, source.trust_remote_code), config["model"])
     method = _fitted(method, config, shapes)
     _check_rank(method.rank, shapes)
     device, dtype = placement(config["compute"])
     model_key = fingerprint(directory, cache)
     keys = {"moments_key": _moments_key(config, model_key, dtype), "evaluation_key": _evaluation_key(config, dtype)}
     tokenizer = tokenizer_digest(directory, cache)
-    return Point(config, method, directory, tokenizer, dtype, device, **keys, model_key=model_key, inventory=shapes)
+    fit = {"method": method, "correction": _correction(config["method"])}
+    place = {"checkpoint": directory, "tokenizer": tokenizer, "dtype": dtype, "device": device}
+    return Point(config, **fit, **place, **keys, model_key=model_key, inventory=shapes)
 
 
 def _check_keys(cfg: DictConfig) -> None:
@@ -149,6 +156,31 @@ def _method(config: dict) -> Method:
         raise UserError(f"method.{error}") from error
 
 
+def _correction(settings: dict) -> Correction | None:
+    """The correction of the targets, or None. Raises UserError naming the field."""
+    if settings["inputs"] not in ("original", "corrected"):
+        raise UserError(f"method.inputs={settings['inputs']!r} must be original or corrected")
+    names = {"correction": "strength", "correction_last": "strength_last", "correction_sigma": "sigma"}
+    names |= {"residual": "residual", "residual_last": "residual_last"}
+    try:
+        correction = Correction(**{field: settings[key] for key, field in names.items()})
+    except UserError as error:
+        field = {v: k for k, v in names.items()}[str(error).partition("=")[0]]
+        raise UserError(f"method.{field}={str(error).partition('=')[2]}") from error
+    return correction if settings["inputs"] == "corrected" else None
+
+
+def _chosen(shapes: dict[str, list[int]], model: dict) -> dict[str, list[int]]:
+    """The matrices that the patterns choose. Raises UserError when there is none."""
+    found = {name: shape for name, shape in shapes.items() if chosen(name, model["include"], model["exclude"])}
+    if not found:
+        raise UserError(
+            f"model.include={model['include']} and model.exclude={model['exclude']} choose no matrix: a full name is,"
+            f" for example, {next(iter(shapes))}"
+        )
+    return found
+
+
 def quantizer_name(part: str, settings: dict) -> str:
     """Name of the quantizer that a config node describes. Raises UserError naming the node."""
     family, bits, scale = settings["family"], settings["bits"], settings["scale"]
@@ -170,7 +202,7 @@ def _check_rank(rank: int, shapes: dict[str, list[int]]) -> None:
 
 
 def _source(model: dict) -> ModelSource:
-    return ModelSource(**model | {"path": model["path"] or ""})
+    return ModelSource(**{f.name: model[f.name] for f in fields(ModelSource)} | {"path": model["path"] or ""})
 
 
 def _fitted(method: Method, config: dict, shapes: dict[str, list[int]]) -> Method:
@@ -206,7 +238,7 @@ def _shapes(directory: Path, trust_remote_code: bool) -> dict[str, list[int]]:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from caldera.blocks import decoder_blocks, linears
+    from caldera.blocks import named_matrices
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -214,9 +246,7 @@ def _shapes(directory: Path, trust_remote_code: bool) -> dict[str, list[int]]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={directory} is no causal language model: {str(error).splitlines()[0]}") from error
-    name, blocks = decoder_blocks(model)
-    layers = [(f"{name}.{i}.{inner}", m) for i, block in enumerate(blocks) for inner, m in linears(block).items()]
-    return {full: [m.out_features, m.in_features] for full, m in layers}
+    return {name: list(matrix.shape) for name, matrix in named_matrices(model).items()}
 
 
 def placement(compute: dict) -> tuple[str, str]:
@@ -241,7 +271,7 @@ def placement(compute: dict) -> tuple[str, str]:
 
 def _moments_key(config: dict, model_key: str, dtype: str) -> str:
     c = config["calibration"]
-    return digest([1, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
+    return digest([2, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
 
 
 def _evaluation_key(config: dict, dtype: str) -> str:

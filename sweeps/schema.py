@@ -8,7 +8,11 @@ from omegaconf import MISSING
 
 @dataclass
 class ModelConfig:
-    """A causal LM: a local folder or hub id in `path`, or a GGUF file that an installed package carries."""
+    """A causal LM: a local folder or hub id in `path`, or a GGUF file that an installed package carries.
+
+    Compressed are the matrices of the decoder blocks whose full name fits a pattern of `include` (as in a shell: `*`,
+    `?`, `[...]`) and none of `exclude`.
+    """
 
     name: str | None = None  # null: the last part of the path
     path: str | None = None
@@ -16,6 +20,8 @@ class ModelConfig:
     gguf_file: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=lambda: ["*.gate", "*.router", "*_gate"])  # what routes tokens
 
 
 @dataclass
@@ -54,7 +60,11 @@ class BudgetConfig:
 
 @dataclass
 class MethodConfig:
-    """The fields of `caldera.Method` that are neither axes nor the seed, and its name for records."""
+    """The fields of `caldera.Method` that are neither axes nor the seed, its name for records, and the inputs.
+
+    `inputs`: `original`, the original model's, or `corrected`, those behind the compressed prefix, with the strengths
+    and the damping of `caldera.correction.Correction`.
+    """
 
     name: str = MISSING
     outer_iterations: int = 3
@@ -67,6 +77,12 @@ class MethodConfig:
     sigma: float = 3e-3
     tolerance: float = 1e-4
     patience: int = 3
+    inputs: str = "original"
+    correction: float = 0.3
+    correction_last: float | None = None
+    residual: float = 0.3
+    residual_last: float | None = None
+    correction_sigma: float = 1e-2
 
 
 @dataclass

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from caldera import CheckpointError, Method, PackedMatrix, decompose
-from caldera.blocks import decoder_blocks, linears
+from caldera.blocks import covered, decoder_blocks
 from caldera.checkpoint import (
     MANIFEST,
     REST,
@@ -22,6 +22,7 @@ from caldera.checkpoint import (
     write_rest,
 )  # fmt: skip
 from caldera.files import committed, sha256, write_json
+from caldera.matrices import matrices
 from caldera.quantizers import quantizer_names
 from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian, second_moments
@@ -43,13 +44,13 @@ def compress(model, directory, dtype=torch.float32, **settings) -> dict[str, tor
     dense = {}
     for index, block in enumerate(blocks):
         packed = []
-        for name, layer in linears(block).items():
+        for name, matrix in matrices(block).items():
             full = f"{prefix}.{index}.{name}"
-            moments = second_moments(layer.in_features)
-            packed.append(decompose(layer.weight.detach(), moments, method(**settings), name=full).packed)
+            moments = second_moments(matrix.shape[1])
+            packed.append(decompose(matrix.read(), moments, method(**settings), name=full).packed)
             dense[full] = packed[-1].dequantize()
         write_matrices(directory, block_file(index), packed)
-    write_rest(directory, model.state_dict(), set(dense), dtype)
+    write_rest(directory, model.state_dict(), covered(model, dense), dtype)
     model.config.save_pretrained(directory)
     write_manifest(directory, {"note": "by hand"})
     return dense

@@ -20,7 +20,8 @@ TEXT = {"calibration.text": "embedded_validation", "evaluation.text": "embedded_
 OTHER = TEXT | {
     "q.family": "uniform", "l.family": "uniform", "r.family": "uniform",
     "q.scale": "row", "l.scale": "row", "r.scale": "row",
-    "method.name": "other", "method.order": "q_first", "evaluation.tasks": [], "compute.dtype": "float16",
+    "model.include": ["*_proj"], "model.exclude": ["*.o_proj"], "method.inputs": "original",
+    "method.correction_last": 0.1, "method.residual_last": 0.1, "method.name": "other", "method.order": "q_first", "evaluation.tasks": [], "compute.dtype": "float16",
     "compute.device": "auto", "model.name": "other", "tracker.name": "wandb", "tracker.mode": "disabled",
     "tracker.project": "other", "tracker.entity": "other", "model.revision": "other", "sweep": "other",
 }  # fmt: skip
@@ -42,7 +43,7 @@ def changed(value):
 @pytest.fixture(scope="module")
 def base(composed, settings, tmp_path_factory):
     results = f"results={tmp_path_factory.mktemp('results')}"
-    return composed(*settings, "rank.k=8", results, "compute.dtype=float32")
+    return composed(*settings, "rank.k=8", "method.inputs=corrected", results, "compute.dtype=float32")
 
 
 @pytest.mark.parametrize("name", settings_of_schema())

@@ -1,0 +1,137 @@
+"""What each matrix is fitted to: the original model's inputs (`original`), or those behind the compressed prefix.
+
+Both yield, block by block, stages of groups of matrices with their moments and targets; the fit of a matrix is the
+same code for both. `install` hears of every compressed matrix before the next stage is looked at.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from caldera.blocks import InputGroup, Stop, Stream, decoder_blocks
+from caldera.correction import Correction, output_error
+from caldera.matrices import matrices, watch
+from caldera.moments import Accumulator
+from sweeps.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Given:
+    """A group with H (n, n) to fit against and the rule for what each of its matrices should be."""
+
+    group: InputGroup
+    moments: Tensor
+    tokens: int
+    target: Callable[[str, Tensor], Tensor] = lambda _name, weight: weight
+    output_error: Callable[[Tensor, Tensor], float | None] = lambda _weight, _approximation: None
+
+
+class Original:
+    """Second moments of the original model: blocks independent of each other, one set for every point."""
+
+    def __init__(self, calibration: Calibration, device: torch.device):
+        self.calibration, self.device = calibration, device
+
+    def stages(self, index: int) -> Iterator[list[Given]]:
+        """All groups of a block at once."""
+        moments, tokens = self.calibration.moments(index), self.calibration.tokens(index)
+        yield [Given(g, moments[g.name].to(self.device), tokens[g.name]) for g in self.calibration.groups(index)]
+
+    def install(self, name: str, weight: Tensor) -> None:
+        """Nothing here depends on what was compressed."""
+
+
+@dataclass
+class CorrectedPrefix:
+    """Blocks in order, the original's and the compressed model's hidden states side by side; targets are corrected.
+
+    Inside a block each stage (q/k/v, o, gate/up, down) sees the stages before it compressed. Experts keep the
+    original's moments and weights: the two models may route a token differently. Memory: the model, one more block,
+    the original's inputs of one block, and the compressed hidden states.
+    """
+
+    calibration: Calibration
+    model: nn.Module  # the original, in the dtype and on the device of the evaluation
+    rows: Tensor
+    correction: Correction
+
+    def __post_init__(self) -> None:
+        self.stream = Stream.open(self.model, self.rows)  # of the compressed prefix
+        self.blocks = decoder_blocks(self.model)[1]
+
+    @torch.no_grad()
+    def stages(self, index: int) -> Iterator[list[Given]]:
+        """The groups that run side by side, in the order in which they run."""
+        self.index, self.block = index, copy.deepcopy(self.blocks[index])
+        groups, self.moments = self.calibration.groups(index), self.calibration.moments(index)
+        self.tokens, self.writers = self.calibration.tokens(index), self.calibration.residual_writers(index)
+        before = self.calibration.hidden(index).to(self.stream.hidden[0])
+        # (length, width) a row: what the compressed residual stream lacks
+        self.lack = [(x - y[0]).float() for x, y in zip(before, self.stream.hidden)]
+        self.inputs = self._original_inputs(Stream(list(before.split(1)), self.stream.arguments), groups)
+        for _, stage in itertools.groupby(groups, key=lambda group: group.stage):
+            yield from self._stage(list(stage))
+        self.stream.advance(self.block, index)
+
+    def install(self, name: str, weight: Tensor) -> None:
+        """Put W^ (m, n) of the matrix of that name, in its block, into the compressed prefix."""
+        matrices(self.block)[name].write(weight)
+
+    def _original_inputs(self, stream: Stream, groups: list[InputGroup]) -> dict[str, list[Tensor]]:
+        """What each group receives in the original, (length, n) a row; groups that run otherwise are left out."""
+        found = self._record(self.blocks[self.index], stream, [g for g in groups if not g.expert])
+        return {name: rows for name, rows in found.items() if len(rows) == len(self.rows)}
+
+    def _record(self, block: nn.Module, stream: Stream, groups: list[InputGroup]) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+
+        def note(name: str, x: Tensor) -> None:
+            found[name].append(x.reshape(-1, x.shape[-1]).clone())
+            if name == groups[-1].name:
+                raise Stop
+
+        layers = matrices(block)
+        for row in range(len(self.rows)):
+            with watch([layers[g.name] for g in groups], note), suppress(Stop):
+                stream.run(block, self.index, row)
+        return found
+
+    def _stage(self, stage: list[InputGroup]) -> Iterator[list[Given]]:
+        if any(g.name not in self.inputs for g in stage):
+            device = self.stream.hidden[0].device
+            yield [Given(g, self.moments[g.name].to(device), self.tokens[g.name]) for g in stage]
+            return
+        received = self._record(self.block, self.stream, stage)
+        yield [self._given(g, received[g.name]) for g in stage]
+        layers, originals = matrices(self.block), matrices(self.blocks[self.index])
+        for group, name in ((g, name) for g in stage for name in g.members if name in self.writers):
+            for lack, x, y in zip(self.lack, self.inputs[group.name], received[group.name]):
+                lack += x @ originals[name].read().T - y @ layers[name].read().T
+
+    def _given(self, group: InputGroup, received: list[Tensor]) -> Given:
+        n, device = group.width, received[0].device
+        moments, cross = Accumulator.zeros(n, device), torch.zeros(n, n, device=device)
+        writes = any(name in self.writers for name in group.members)
+        lack = torch.zeros(self.lack[0].shape[1], n, device=device) if writes else None
+        for x, y, missing in zip(self.inputs[group.name], received, self.lack):
+            moments.add(y)
+            cross.addmm_(x.float().T, y.float())
+            if writes:
+                lack.addmm_(missing.T, y.float())
+        seen, cross = moments.mean(), cross / moments.tokens
+        lack = None if lack is None else lack / moments.tokens
+        what, depth = f"block {self.index}.{group.name}", self.index / max(len(self.blocks) - 1, 1)
+        target = self.correction.fit(seen, cross, lack, depth, what)
+        original = self.moments[group.name].to(device)
+        return Given(
+            group,
+            seen,
+            moments.tokens,
+            lambda name, weight: target.of(weight, name in self.writers),
+            lambda weight, approximation: output_error(weight, approximation, original, cross, seen),
+        )
