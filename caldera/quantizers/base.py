@@ -15,9 +15,14 @@ from caldera.packing import pack, packed_bytes, unpack
 
 
 class Codebook(Protocol):
-    """Points that vectors of `group` unit-scale values are rounded to; `bits` of code for each value."""
+    """Points that vectors of `group` unit-scale values are rounded to; `bits` of code for each value.
+
+    A `sequential` one (group 1) rounds the values of a column together: `encode` and `decode` then take one column, and
+    there are `encode_columns` and `decode_columns` for matrices.
+    """
 
     group: int
+    sequential: bool
     bits: float
     gaussian_scale: float  # best standard deviation of the values that are rounded, in units of the codebook
     gaussian_mse: float  # mean squared error on a unit Gaussian at that scale
@@ -113,14 +118,17 @@ class Quantizer:
         m, n = x.shape
         scale, zero = self.columns(scales, n)
         z = torch.where(scale > 0, (x - zero) / scale, 0.0)
+        if self.codebook.sequential:
+            return nearest_columns(self.codebook, z)
         z = torch.nn.functional.pad(z, (0, -n % self.group)).reshape(-1, self.group)
         return nearest(self.codebook, z).reshape(self._code_shape(m, n))
 
     def decode(self, codes: Tensor, scales: Scales, n: int) -> Tensor:
         """Values float32 (m, n) of codes (m, ceil(n / group))."""
-        m = codes.shape[0]
         scale, zero = self.columns(scales, n)
-        return self.codebook.decode(codes.reshape(-1)).reshape(m, -1)[:, :n] * scale + zero
+        if self.codebook.sequential:
+            return self.codebook.decode_columns(codes) * scale + zero
+        return self.codebook.decode(codes.reshape(-1)).reshape(codes.shape[0], -1)[:, :n] * scale + zero
 
     def round(self, x: Tensor) -> Tensor:
         """x (m, n) fitted, encoded and decoded: the nearest storable matrix, without error feedback."""
@@ -154,4 +162,17 @@ def nearest(codebook: Codebook, z: Tensor) -> Tensor:
 
     codes = torch.empty(z.shape[0], dtype=torch.int64)
     over_rows(_kernels.encode, z.shape[0], z.contiguous().numpy(), book, codes.numpy())
+    return codes
+
+
+def nearest_columns(codebook: Codebook, z: Tensor) -> Tensor:
+    """Codes int64 (m, n) of a sequential codebook for the columns of z (m, n), compiled where possible."""
+    book = compiled(codebook, z)
+    if book is None:
+        return codebook.encode_columns(z)
+    from caldera.quantizers import _trellis
+
+    codes = torch.empty(z.shape, dtype=torch.int64)
+    edges = codebook.edges(z.shape[0])
+    over_rows(_trellis.encode, z.shape[0], z.contiguous().numpy(), book, codes.numpy(), edges=edges)
     return codes

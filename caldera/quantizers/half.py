@@ -18,6 +18,7 @@ class Half:
     bits = 16.0
     granularity = 0
     symmetric = True
+    sequential = False
 
     @property
     def codebook(self) -> "Half":

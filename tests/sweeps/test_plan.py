@@ -21,7 +21,8 @@ OTHER = TEXT | {
     "q.family": "uniform", "l.family": "uniform", "r.family": "uniform",
     "q.scale": "row", "l.scale": "row", "r.scale": "row",
     "model.include": ["*self_attn*"], "model.exclude": ["*.o_proj"], "method.inputs": "original",
-    "method.correction_last": 0.1, "method.residual_last": 0.1, "method.name": "other", "method.order": "q_first", "evaluation.tasks": [], "compute.dtype": "float16",
+    "method.correction_last": 0.1, "method.residual_last": 0.1, "method.name": "other",
+    "method.order": "q_first", "evaluation.tasks": [], "compute.dtype": "float16",
     "compute.device": "auto", "model.name": "other", "tracker.name": "wandb", "tracker.mode": "disabled",
     "tracker.project": "other", "tracker.entity": "other", "model.revision": "other", "sweep": "other",
 }  # fmt: skip
