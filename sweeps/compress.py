@@ -52,12 +52,11 @@ def compress_block(
 ) -> list[tuple[Decomposition, float]]:
     """Decompositions of a block's matrices, with seconds each; those that share moments share a basis."""
     layers, found = linears(block), []
-    options = {"seed": method.seed, "sigma": method.sigma, "transformed": method.transform}
     loaded = moments.load(index)
     for group in moments.groups(index):
         h = loaded[group.name].to(device)
         at(f"{name}.{group.name}")
-        basis = prepare(h, name=f"{name}.{group.name}", **options)
+        basis = prepare(h, name=f"{name}.{group.name}", **method.basis_options)
         for member in group.members:
             at(f"{name}.{member}")
             start = time.perf_counter()
@@ -72,5 +71,6 @@ def summary(d: Decomposition, seconds: float) -> dict:
     spec = d.spec
     axes = {"shape": list(spec.shape), "rank": spec.rank, "q": spec.q, "l": spec.l, "r": spec.r}
     bits = {"nominal_bits": d.nominal_bits, "stored_bits": d.stored_bits, "stored_bytes": d.stored_bytes}
-    fit = {"relative_error": d.relative_error, "trace": d.trace, "sigma": d.sigma, "seconds": seconds}
-    return {"name": spec.name} | axes | bits | fit
+    fit = {"relative_error": d.relative_error, "trace": d.trace, "seconds": seconds}
+    numerics = {"sigma": d.sigma, "jitters": d.jitters, "init_rank": d.init_rank}
+    return {"name": spec.name} | axes | bits | fit | numerics
