@@ -70,7 +70,7 @@ def energy(x: Tensor, moments: Tensor) -> float:
 
 
 def _ratio(lost: float, all_of_it: float) -> float:
-    return 0.0 if lost <= 0 else (lost / all_of_it) ** 0.5 if all_of_it > 0 else float("inf")
+    return 0.0 if lost <= 0 else float("inf") if all_of_it <= 0 else (lost / all_of_it) ** 0.5
 
 
 def decompose(

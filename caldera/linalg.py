@@ -64,7 +64,7 @@ def solve_gram(gram: Tensor, right: Tensor, what: str, jitters: list | None = No
 def power_of_4(x: Tensor) -> float:
     """The power of 4 nearest to the largest |x|, 1 for zeros: to divide by it or its square root costs no bit."""
     top = read(x.abs().max())
-    return 4.0 ** max(-60, min(60, round(math.log(top, 4)))) if 0 < top < math.inf else 1.0
+    return 4.0 ** max(-60, min(63, round(math.log(top, 4)))) if 0 < top < math.inf else 1.0
 
 
 def block_feedback(chol: Tensor, group: int) -> Tensor:
