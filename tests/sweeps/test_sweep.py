@@ -234,6 +234,17 @@ def test_the_uncompressed_models_record_is_the_points_own(swept, point):
     assert (record["point"]["model"], record["sweep"]) == ("renamed", "other")
 
 
+# -------------------------------------------------------------------------------------------------------- other methods
+def test_methods_are_an_axis_of_a_sweep(application, tmp_path):
+    """Those whose moments and first factors are not the measured ones' and zero: their basis is prepared for them."""
+    code, _, errors = application("-m", "method=rtn,loftq,odlri", "rank.k=2", NO_TASKS, "evaluation.rows=1")
+    found = Swept(tmp_path / "results")
+    assert (code, errors) == (0, "")
+    assert {r["point"]["method"] for r in found.records} == {"rtn", "loftq", "odlri", "none"}
+    assert {m["init_rank"] for m in found.of(method="odlri")["matrices"]} == {2}
+    assert {m["q"] for m in found.of(method="loftq")["matrices"]} == {"nf_4bit_g64"}
+
+
 # ------------------------------------------------------------------------------------------ the uncompressed as a point
 def test_the_uncompressed_model_may_be_a_point_of_its_own(application, swept, tmp_path):
     code, output, errors = application("method=none", "rank.k=8")
