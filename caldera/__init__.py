@@ -10,8 +10,9 @@ Glossary, used throughout:
 """
 
 from caldera.basis import Basis, prepare
-from caldera.decompose import Decomposition, Method, decompose, relative_error
+from caldera.decompose import Decomposition, decompose, relative_error
 from caldera.errors import CalderaError, CheckpointError, NumericalError, UserError
+from caldera.method import Method
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.quantizers import get_quantizer, quantizer_names
 

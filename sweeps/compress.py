@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from caldera import Basis, Decomposition, Method, decompose, prepare
+from caldera import Decomposition, Method, decompose, prepare
 from caldera.blocks import covered, decoder_blocks, named_matrices
 from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
 from caldera.matrices import Matrix
@@ -65,7 +65,7 @@ def compress_block(
             if not members:
                 continue
             at(f"{block}.{given.group.name}")
-            basis = _basis(f"{block}.{given.group.name}", given, fit.method)
+            basis = prepare(given.moments, name=f"{block}.{given.group.name}", **fit.method.basis_options)
             for name in members:
                 at(f"{block}.{name}")
                 start = time.perf_counter()
@@ -80,14 +80,11 @@ def compress_block(
                 yield d, facts | {"seconds": time.perf_counter() - start}
 
 
-def _basis(name: str, given: Given, method: Method) -> Basis:
-    return prepare(given.moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
-
-
 def summary(d: Decomposition) -> dict:
     """What a record says of one matrix."""
     spec = d.spec
     axes = {"shape": list(spec.shape), "rank": spec.rank, "q": spec.q, "l": spec.l, "r": spec.r}
     bits = {"nominal_bits": d.nominal_bits, "stored_bits": d.stored_bits, "stored_bytes": d.stored_bytes}
-    fit = {"relative_error": d.relative_error, "trace": d.trace, "sigma": d.sigma}
-    return {"name": spec.name} | axes | bits | fit
+    fit = {"relative_error": d.relative_error, "trace": d.trace}
+    numerics = {"sigma": d.sigma, "jitters": d.jitters, "init_rank": d.init_rank}
+    return {"name": spec.name} | axes | bits | fit | numerics

@@ -135,6 +135,10 @@ class Quantizer:
         scales = self.fit(x)
         return self.decode(self.encode(x, scales), scales, x.shape[1])
 
+    def rescaled(self, codes: Tensor, scales: Scales, factor: float, what: str) -> tuple[Tensor, Scales]:
+        """Codes and scales of the values times a power of 2, which costs no bit."""
+        return codes, Scales(*(None if t is None else t * factor for t in scales))
+
     def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
         """The stored tensors, exactly as `layout` declares them."""
         tensors = {"codes": pack(codes, round(self.bits * self.group)), "scale": scales.scale}

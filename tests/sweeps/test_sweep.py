@@ -113,6 +113,7 @@ def test_matrices_add_up_to_the_model(swept, rank):
         assert matrix["stored_bits"] == 8 * matrix["stored_bytes"] / math.prod(matrix["shape"])
         assert 0 < matrix["relative_error"] < 1 and matrix["seconds"] > 0
         assert matrix["trace"] and {"iteration", "step", "error"} == set(matrix["trace"][0])
+        assert (matrix["sigma"], matrix["jitters"], matrix["init_rank"]) == (3e-3, [], 0)
 
 
 def test_the_uncompressed_model_has_the_bits_of_its_dtype(swept):
@@ -231,3 +232,41 @@ def test_the_uncompressed_models_record_is_the_points_own(swept, point):
     record = pipeline.run_baseline(other, Reporter("second"))
     assert record["name"] == other.baseline_name == other.folder(other.baseline_name).name
     assert (record["point"]["model"], record["sweep"]) == ("renamed", "other")
+
+
+# -------------------------------------------------------------------------------------------------------- other methods
+def test_methods_are_an_axis_of_a_sweep(application, tmp_path):
+    """Those whose moments and first factors are not the measured ones' and zero: their basis is prepared for them."""
+    code, _, errors = application("-m", "method=rtn,loftq,odlri", "rank.k=2", NO_TASKS, "evaluation.rows=1")
+    found = Swept(tmp_path / "results")
+    assert (code, errors) == (0, "")
+    assert {r["point"]["method"] for r in found.records} == {"rtn", "loftq", "odlri", "none"}
+    assert {m["init_rank"] for m in found.of(method="odlri")["matrices"]} == {2}
+    assert {m["q"] for m in found.of(method="loftq")["matrices"]} == {"nf_4bit_g64"}
+
+
+# ------------------------------------------------------------------------------------------ the uncompressed as a point
+def test_the_uncompressed_model_may_be_a_point_of_its_own(application, swept, tmp_path):
+    code, output, errors = application("method=none", "rank.k=8")
+    assert "uncompressed" in output and "no finished compressed point" in errors  # a table, but no frontier
+    found = Swept(tmp_path / "results")
+    (record,) = found.records
+    before = swept.of(method="none")
+    assert (code, record["point"], record["bits"]) == (0, before["point"], before["bits"])
+    assert (record["key"], record["metrics"]) == (before["key"], before["metrics"])
+    assert record["matrices"] == [] and not found.checkpoint(record).exists()
+    assert "done before" in application("method=none")[1]
+
+
+def test_a_failed_uncompressed_point_is_made_up_for(application, monkeypatch, tmp_path):
+    def out_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipeline, "_baseline", out_of_memory)
+    lines = ("method=none,caldera", "rank.k=2", NO_TASKS, "evaluation.rows=1")
+    assert application("-m", *lines)[0] == 1
+    assert [r["status"] for r in Swept(tmp_path / "results").records] == ["failed", "failed"]
+    monkeypatch.undo()
+    assert application(*lines[1:], "method=caldera")[0] == 0
+    found = Swept(tmp_path / "results")
+    assert {r["status"] for r in found.records} == {"done"} and len(found.records) == 2
