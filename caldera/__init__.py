@@ -14,8 +14,10 @@ from caldera.decompose import Decomposition, Method, decompose, relative_error
 from caldera.errors import CalderaError, CheckpointError, NumericalError, UserError
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.quantizers import get_quantizer, quantizer_names
+from caldera.theory import predict_error
 
 __all__ = [
     "Basis", "CalderaError", "CheckpointError", "Decomposition", "MatrixSpec", "Method", "NumericalError",
-    "PackedMatrix", "UserError", "decompose", "get_quantizer", "prepare", "quantizer_names", "relative_error",
+    "PackedMatrix", "UserError", "decompose", "get_quantizer", "predict_error", "prepare", "quantizer_names",
+    "relative_error",
 ]  # fmt: skip

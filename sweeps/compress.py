@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from caldera import Decomposition, Method, decompose, prepare
+from caldera import Decomposition, Method, decompose, predict_error, prepare
 from caldera.blocks import decoder_blocks, linears
 from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
 from sweeps.calibration import Moments
@@ -39,8 +39,8 @@ def compress(
     summaries = []
     for index, block in enumerate(blocks):
         found = compress_block(block, f"{name}.{index}", moments, index, method, device, progress.at)
-        write_matrices(target, block_file(index), [d.packed for d, _ in found])
-        summaries += [summary(d, seconds) for d, seconds in found]
+        write_matrices(target, block_file(index), [d.packed for d, *_ in found])
+        summaries += [summary(*matrix) for matrix in found]
         progress(index + 1, len(blocks))
     write_rest(target, model.state_dict(), {s["name"] for s in summaries}, dtype)
     write_manifest(target, {"method": vars(method)})
@@ -49,8 +49,8 @@ def compress(
 
 def compress_block(
     block: nn.Module, name: str, moments: Moments, index: int, method: Method, device: torch.device, at: Callable
-) -> list[tuple[Decomposition, float]]:
-    """Decompositions of a block's matrices, with seconds each; those that share moments share a basis."""
+) -> list[tuple[Decomposition, float, float]]:
+    """Decompositions of a block's matrices, each with seconds and predicted error; shared moments share a basis."""
     layers, found = linears(block), []
     options = {"seed": method.seed, "sigma": method.sigma, "transformed": method.transform}
     loaded = moments.load(index)
@@ -63,14 +63,17 @@ def compress_block(
             start = time.perf_counter()
             weight = layers[member].weight.detach().to(device, torch.float32)
             result = decompose(weight, h, method, name=f"{name}.{member}", basis=basis)
-            found.append((result, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            predicted = predict_error(weight, h, method, name=f"{name}.{member}", basis=basis)
+            found.append((result, seconds, predicted))
     return found
 
 
-def summary(d: Decomposition, seconds: float) -> dict:
-    """What a record says of one matrix."""
+def summary(d: Decomposition, seconds: float, predicted: float) -> dict:
+    """What a record says of one matrix; `predicted` is the error that theory expects it to have."""
     spec = d.spec
     axes = {"shape": list(spec.shape), "rank": spec.rank, "q": spec.q, "l": spec.l, "r": spec.r}
     bits = {"nominal_bits": d.nominal_bits, "stored_bits": d.stored_bits, "stored_bytes": d.stored_bytes}
-    fit = {"relative_error": d.relative_error, "trace": d.trace, "sigma": d.sigma, "seconds": seconds}
+    errors = {"relative_error": d.relative_error, "predicted_error": predicted}
+    fit = errors | {"trace": d.trace, "sigma": d.sigma, "seconds": seconds}
     return {"name": spec.name} | axes | bits | fit
