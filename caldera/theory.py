@@ -38,7 +38,7 @@ ROUNDS = 3  # of the fixed point between errors and the variance that they feed 
 
 # Coordinate descent, fitted by eye on 28 matrices of SmolLM2-135M (layers 0, 1, 15, 29; E8P at 2 and 4 bits; ranks 0
 # and 32; two passes): no block weighs more than TUNED_CAP times the median one, since later choices make up for its
-# error, and the loss falls by up to TUNED_GAIN of itself, by half of what is left of that at every pass (an assumption).
+# error, and the loss falls by TUNED_GAIN of itself in the end, half of what is left at every pass (an assumption).
 TUNED_CAP = 4.0
 TUNED_GAIN = 0.045
 
@@ -52,8 +52,8 @@ def predict_error(
     regression and ROUNDS triangular solves with 2 PROBES rows.
 
     Not modelled: `order` and the number of rounds (as "lr_first", with at most one refit of the factors), `warm_start`,
-    `rotate` (as on), the alternation inside LPLR, entries of the transformed W that are far from Gaussian, and rows that
-    differ: scales of rows or groups follow rows of unlike size and do better than predicted, and where single rows of W
+    `rotate` (as on), the alternation inside LPLR, entries of the transformed W far from Gaussian, and rows that differ:
+    scales of rows or groups follow rows of unlike size and do better than predicted, and where single rows of W
     lie along one dominant direction of H, one scale for all overloads on them and the true error, at rank 0, is up to
     three times the predicted one (q, k and o of SmolLM2's first block; 1.5 times after two passes of descent).
     Raises NumericalError for moments that cannot be factorised.
