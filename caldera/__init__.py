@@ -15,8 +15,10 @@ from caldera.errors import CalderaError, CheckpointError, NumericalError, UserEr
 from caldera.method import Method
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.quantizers import get_quantizer, quantizer_names
+from caldera.theory import predict_error
 
 __all__ = [
     "Basis", "CalderaError", "CheckpointError", "Decomposition", "MatrixSpec", "Method", "NumericalError",
-    "PackedMatrix", "UserError", "decompose", "get_quantizer", "prepare", "quantizer_names", "relative_error",
+    "PackedMatrix", "UserError", "decompose", "get_quantizer", "predict_error", "prepare", "quantizer_names",
+    "relative_error",
 ]  # fmt: skip

@@ -29,14 +29,16 @@ class Factor:
         return cls(codes, scales, quantizer.decode(codes, scales, x.shape[1]))
 
 
-def top_subspace(x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def top_subspace(
+    x: Tensor, k: int, generator: torch.Generator, power_iterations: int = POWER_ITERATIONS
+) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, k), S (k,), V (n, k) of the k largest singular values of x (m, n), by randomized subspace iteration."""
     if 2 * (k + OVERSAMPLING) >= min(x.shape):
         u, s, vt = torch.linalg.svd(x, full_matrices=False)
         return u[:, :k], s[:k], vt[:k].T
     probe = torch.randn(x.shape[1], k + OVERSAMPLING, generator=generator).to(x.device)
     q = torch.linalg.qr(x @ probe).Q
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(power_iterations):
         q = torch.linalg.qr(x @ torch.linalg.qr(x.T @ q).Q).Q
     u, s, vt = torch.linalg.svd(q.T @ x, full_matrices=False)
     return (q @ u)[:, :k], s[:k], vt[:k].T
