@@ -30,6 +30,7 @@ from caldera.devices import read
 from caldera.linalg import diagonal_blocks
 from caldera.lowrank import top_subspace
 from caldera.quantizers import get_quantizer
+from caldera.quantizers.trellis import RUN
 
 RATIOS = 2.0 ** (np.arange(-16, 17) / 4)  # variance of what is rounded over the variance that its scale was fitted on
 SAMPLE = 1 << 15  # Gaussian values that a point of the curves is measured on
@@ -101,6 +102,8 @@ def _curves(quantizer: str, columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _rounding(quantizer: str, columns: int, ratio: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
     """White variance, in units of the fitted one, and alpha for inputs of `ratio` times the fitted variance."""
+    # with one scale a matrix the shape is free: columns long enough for a trellis code
+    columns = columns if get_quantizer(quantizer).granularity else SAMPLE // RUN
     (white, lost), x, at = _curves(quantizer, columns), np.log2(ratio), np.log2(RATIOS)
     return np.exp(np.interp(x, at, np.log(white))), np.interp(x, at, lost)
 

@@ -173,7 +173,7 @@ def _correction(settings: dict) -> Correction | None:
     if settings["inputs"] not in ("original", "corrected"):
         raise UserError(f"method.inputs={settings['inputs']!r} must be original or corrected")
     names = {"correction": "strength", "correction_last": "strength_last", "correction_sigma": "sigma"}
-    names |= {"residual": "residual", "residual_last": "residual_last"}
+    names |= {"residual": "residual", "residual_last": "residual_last", "correction_preserve": "preserve"}
     try:
         correction = Correction(**{field: settings[key] for key, field in names.items()})
     except UserError as error:

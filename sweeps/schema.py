@@ -91,6 +91,7 @@ class MethodConfig:
     residual: float = 0.3
     residual_last: float | None = None
     correction_sigma: float = 1e-2
+    correction_preserve: bool = True
 
 
 @dataclass

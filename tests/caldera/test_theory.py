@@ -71,7 +71,7 @@ def test_more_bits_and_more_rank_are_expected_to_help():
 # ---------------------------------------------------------------------------------------------- against decompositions
 @pytest.mark.parametrize(
     "options",
-    [{}, {"q": "uniform_asym_2bit"}, {"q": "e8p_3bit", "rank": 8},
+    [{}, {"q": "trellis_2bit"}, {"q": "uniform_asym_2bit"}, {"q": "e8p_3bit", "rank": 8},
      {"rank": 4, "l": "e8p_2bit", "r": "uniform_4bit"}, {"rank": 4, "q": "none"}, {"tune_passes": 2},
      {"rank": 16, "l": "bf16", "r": "bf16"}, {"transform": False}, {"sigma": 0.1}],
     ids=str,
