@@ -49,10 +49,21 @@ def compress(
             packed.append(d.packed)
             summaries.append(summary(d) | facts)
         write_matrices(target, block_file(index), packed)
+        _name_few_tokens(summaries[len(summaries) - len(packed) :], progress)
         progress(index + 1, len(blocks))
+    if left := sorted(set(layers) - {s["name"] for s in summaries}):
+        progress.reporter.say(f"  warning: not compressed, as no calibration token reaches them: {', '.join(left)}")
     write_rest(target, model.state_dict(), covered(model, {s["name"] for s in summaries}), dtype)
     write_manifest(target, {"method": vars(fit.method)})
     return summaries
+
+
+def _name_few_tokens(summaries: list[dict], progress: Stage) -> None:
+    if few := [f"{s['name']} ({s['tokens']})" for s in summaries if s["few_tokens"]]:
+        progress.reporter.say(
+            "  warning: experts that saw fewer tokens than they have inputs are fitted to the other experts' tokens too;"
+            f" more calibration.sequences help: {', '.join(few)}"
+        )
 
 
 def compress_block(
@@ -76,8 +87,8 @@ def compress_block(
                 approximation = d.dequantize()
                 inputs.install(name, approximation)
                 error = given.output_error(weight, approximation)
-                facts = {"tokens": given.tokens, "output_error": d.relative_error if error is None else error}
-                yield d, facts | {"seconds": time.perf_counter() - start}
+                facts = {"tokens": given.tokens, "few_tokens": given.few, "seconds": time.perf_counter() - start}
+                yield d, facts | {"output_error": d.relative_error if error is None else error}
 
 
 def _basis(name: str, given: Given, method: Method) -> Basis:
