@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from caldera.errors import UserError
 from caldera.matrices import Matrix, Products, matrices, watch
 
-
-LOUD = 100.0
+LOUD = 100.0  # size of an experiment's output, in units of the hidden states
 
 
 class Stop(Exception):
@@ -77,7 +76,8 @@ class Stream:
     def open(cls, model: nn.Module, rows: Tensor) -> "Stream":
         """Embed token rows (rows, length) and note what the model passes to each block.
 
-        Positions and masks depend on the length alone, since all rows are full; so one row shows them.
+        Positions and masks depend on the length alone, since all rows are full; so one row shows them. From here on
+        the model multiplies its experts one by one.
         """
         _, blocks = decoder_blocks(model)
         device = next(model.parameters()).device

@@ -61,8 +61,8 @@ def compress(
 def _name_few_tokens(summaries: list[dict], progress: Stage) -> None:
     if few := [f"{s['name']} ({s['tokens']})" for s in summaries if s["few_tokens"]]:
         progress.reporter.say(
-            "  warning: experts that saw fewer tokens than they have inputs are fitted to the other experts' tokens too;"
-            f" more calibration.sequences help: {', '.join(few)}"
+            "  warning: experts with fewer tokens than inputs are fitted to the other experts' tokens too; raise"
+            f" calibration.sequences: {', '.join(few)}"
         )
 
 

@@ -32,9 +32,11 @@ class Given:
     output_error: Callable[[Tensor, Tensor], float | None] = lambda _weight, _approximation: None
 
 
-def as_original(calibration: Calibration, index: int, groups: list[InputGroup], device: torch.device) -> list[Given]:
-    """The groups of block `index` with the original model's moments."""
-    moments, tokens, few = calibration.moments(index), calibration.tokens(index), calibration.filled_up(index)
+def as_original(
+    calibration: Calibration, index: int, groups: list[InputGroup], moments: dict[str, Tensor], device: torch.device
+) -> list[Given]:
+    """Groups of block `index` with the original model's moments."""
+    tokens, few = calibration.tokens(index), calibration.filled_up(index)
     return [Given(g, moments[g.name].to(device), tokens[g.name], g.name in few) for g in groups]
 
 
@@ -46,7 +48,8 @@ class Original:
 
     def stages(self, index: int) -> Iterator[list[Given]]:
         """All groups of a block at once."""
-        yield as_original(self.calibration, index, self.calibration.groups(index), self.device)
+        groups, moments = self.calibration.groups(index), self.calibration.moments(index)
+        yield as_original(self.calibration, index, groups, moments, self.device)
 
     def install(self, name: str, weight: Tensor) -> None:
         """Nothing here depends on what was compressed."""
@@ -110,7 +113,7 @@ class CorrectedPrefix:
 
     def _stage(self, stage: list[InputGroup]) -> Iterator[list[Given]]:
         if any(g.name not in self.inputs for g in stage):
-            yield as_original(self.calibration, self.index, stage, self.stream.hidden[0].device)
+            yield as_original(self.calibration, self.index, stage, self.moments, self.stream.hidden[0].device)
             return
         received = self._record(self.block, self.stream, stage)
         yield [self._given(g, received[g.name]) for g in stage]

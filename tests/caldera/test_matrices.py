@@ -49,7 +49,7 @@ WRITERS = {
     "opt": ["self_attn.out_proj", "fc2"],
     "gpt2": ["attn.c_proj", "mlp.c_proj"],
     "neox": ["attention.dense", "mlp.dense_4h_to_h"],
-} | dict.fromkeys(MOE, ["self_attn.o_proj"])  # fmt: skip
+} | {key: ["self_attn.o_proj"] for key in MOE}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)

@@ -83,7 +83,7 @@ def weight_of(model: PreTrainedModel, name: str) -> Tensor:
     return stored.data.T if turned else stored.data
 
 
-# ------------------------------------------------------------------------------------------------ what plain passes show
+# ----------------------------------------------------------------------------------------------- what plain passes show
 @torch.inference_mode()
 def plain_inputs(model: PreTrainedModel, rows: Tensor) -> dict[str, Tensor]:
     """(tokens, n) of every matrix by its full name, from hooks in a forward pass of the whole model."""
