@@ -1,4 +1,4 @@
-"""The application on models that are no Llama: a mixture of experts and GPT-2, from the weights' folder to the record."""
+"""The application on models that are no Llama, a mixture of experts and GPT-2: from the weights to the record."""
 
 import pytest
 import torch
@@ -59,9 +59,13 @@ def test_a_point_ends_well(folder, inputs, dtype, application, tmp_path):
     assert not any(name.endswith(parameter) for name in rest for parameter in held)
 
 
-def test_experts_with_few_tokens_are_named_on_the_screen_in_the_log_and_in_the_record(saved, application, tmp_path):
+def test_experts_with_few_tokens_are_named_on_the_screen_in_the_log_and_in_the_record(
+    saved, application, tmp_path, capsys
+):
+    folder = saved(mixtral())
+    capsys.readouterr()  # the bar of saving
     short = ["calibration.sequences=1", "calibration.length=40", "evaluation.rows=1", "rank.k=4", NO_TASKS]
-    code, output, errors = application(f"model.path={saved(mixtral())}", *short)
+    code, output, errors = application(f"model.path={folder}", *short)
     assert (code, errors) == (0, "")
     swept = Swept(tmp_path / "results")
     record = swept.of(method="caldera")
