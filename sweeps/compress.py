@@ -50,10 +50,21 @@ def compress(
             packed.append(d.packed)
             summaries.append(summary(d) | facts)
         write_matrices(target, block_file(index), packed)
+        _name_few_tokens(summaries[len(summaries) - len(packed) :], progress)
         progress(index + 1, len(blocks))
+    if left := sorted(set(layers) - {s["name"] for s in summaries}):
+        progress.reporter.say(f"  warning: not compressed, as no calibration token reaches them: {', '.join(left)}")
     write_rest(target, model.state_dict(), covered(model, {s["name"] for s in summaries}), dtype)
     write_manifest(target, {"method": vars(fit.method)})
     return summaries
+
+
+def _name_few_tokens(summaries: list[dict], progress: Stage) -> None:
+    if few := [f"{s['name']} ({s['tokens']})" for s in summaries if s["few_tokens"]]:
+        progress.reporter.say(
+            "  warning: experts with fewer tokens than inputs are fitted to the other experts' tokens too; raise"
+            f" calibration.sequences: {', '.join(few)}"
+        )
 
 
 def compress_block(
@@ -84,7 +95,8 @@ def _compress_matrix(
     predicted = predict_error(wanted, given.moments, method, name=full, basis=basis)
     error = given.output_error(weight, found.dequantize())
     error = found.relative_error if error is None else error
-    return found, {"tokens": given.tokens, "predicted_error": predicted, "output_error": error, "seconds": seconds}
+    errors = {"predicted_error": predicted, "output_error": error}
+    return found, {"tokens": given.tokens, "few_tokens": given.few, "seconds": seconds} | errors
 
 
 def summary(d: Decomposition) -> dict:

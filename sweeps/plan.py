@@ -287,7 +287,7 @@ def placement(compute: dict) -> tuple[str, str]:
 
 def _moments_key(config: dict, model_key: str, dtype: str) -> str:
     c = config["calibration"]
-    return digest([2, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
+    return digest([3, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
 
 
 def _evaluation_key(config: dict, dtype: str) -> str:

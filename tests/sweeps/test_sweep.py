@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from caldera import relative_error
 from caldera.checkpoint import block_file, load_dense, read_manifest, read_matrices
 from sweeps import pipeline
-from sweeps.calibration import Moments
+from sweeps.calibration import Calibration
 from sweeps.evaluate import perplexity
 from sweeps.progress import Reporter
 from tests.sweeps.swept import NO_TASKS, TOP_LEVEL, Swept
@@ -142,15 +142,15 @@ def test_a_checkpoint_reloads_to_the_very_model_that_was_measured(swept, rank):
 @pytest.mark.parametrize("rank", [0, 8])
 def test_errors_are_those_of_the_deployed_weights(swept, rank, point, tiny_llama_dir):
     record, original = swept.of(rank=rank), load_file(tiny_llama_dir / "model.safetensors")
-    moments = Moments(point().cache / "moments" / point().moments_key[:24])
+    calibration = Calibration(point().cache / "moments" / point().moments_key[:24])
     recorded = {m["name"]: m["relative_error"] for m in record["matrices"]}
     deployed = load_dense(swept.checkpoint(record)).state_dict()
-    assert sum(moments.tokens(0).values()) == 4 * 1024
+    assert sum(calibration.tokens(0).values()) == 4 * 1024
     for block in range(2):
-        for group in moments.groups(block):
+        for group in calibration.groups(block):
             for member in group.members:
                 name = f"model.layers.{block}.{member}"
-                h, w_hat = moments.load(block)[group.name], deployed[f"{name}.weight"]
+                h, w_hat = calibration.moments(block)[group.name], deployed[f"{name}.weight"]
                 assert recorded.pop(name) == pytest.approx(
                     relative_error(original[f"{name}.weight"], w_hat, h), rel=1e-5
                 )
