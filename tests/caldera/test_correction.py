@@ -47,14 +47,14 @@ def close(found, expected, tolerance=1e-4):
 
 # ------------------------------------------------------------------------------------------------------------- the rule
 def test_taken_fully_it_is_the_regression_of_the_original_output(prefix):
-    target = Correction(strength=1, residual=0, sigma=TINY).fit(*prefix.moments(), 0, "m")
+    target = Correction(strength=1, residual=0, sigma=TINY, preserve=False).fit(*prefix.moments(), 0, "m")
     expected = regression(prefix.y, prefix.x @ prefix.weight.T)
     close(target.of(prefix.weight, writes=False), expected)
     close(target.of(prefix.weight, writes=True), expected)
 
 
 def test_what_the_stream_lacks_is_made_up_for_by_its_writers(prefix):
-    target = Correction(strength=1, residual=1, sigma=TINY).fit(*prefix.moments(), 0, "m")
+    target = Correction(strength=1, residual=1, sigma=TINY, preserve=False).fit(*prefix.moments(), 0, "m")
     close(target.of(prefix.weight, writes=True), regression(prefix.y, prefix.x @ prefix.weight.T + prefix.d))
     close(target.of(prefix.weight, writes=False), regression(prefix.y, prefix.x @ prefix.weight.T))
 
@@ -63,7 +63,7 @@ def test_it_loses_less_than_the_matrix_itself(prefix):
     wanted = prefix.x @ prefix.weight.T + prefix.d
     losses = []
     for amount in (0, 0.5, 1):
-        target = Correction(strength=amount, residual=amount, sigma=TINY).fit(*prefix.moments(), 0, "m")
+        target = Correction(strength=amount, residual=amount, sigma=TINY, preserve=False).fit(*prefix.moments(), 0, "m")
         losses.append(float((wanted - prefix.y @ target.of(prefix.weight, True).T).square().mean()))
     assert losses[0] > losses[1] > losses[2]
 
@@ -75,12 +75,12 @@ def test_in_between_it_follows_the_formula(prefix, a, b, sigma):
     damping = sigma * h.diagonal().mean() * torch.eye(N)
     inverse = torch.linalg.inv(h + damping)
     expected = prefix.weight.double() @ ((1 - a) * torch.eye(N) + a * (c + damping) @ inverse) + b * d @ inverse
-    target = Correction(strength=a, residual=b, sigma=sigma).fit(*prefix.moments(), 0, "m")
+    target = Correction(strength=a, residual=b, sigma=sigma, preserve=False).fit(*prefix.moments(), 0, "m")
     close(target.of(prefix.weight, writes=True), expected)
 
 
 def test_without_strength_a_matrix_stays_itself(prefix):
-    target = Correction(strength=0, residual=0).fit(*prefix.moments(), 0, "m")
+    target = Correction(strength=0, residual=0, preserve=False).fit(*prefix.moments(), 0, "m")
     assert torch.equal(target.of(prefix.weight, writes=True), prefix.weight)
 
 
@@ -154,3 +154,16 @@ def test_output_error_of_the_matrix_itself_on_the_same_inputs_is_zero(prefix):
     nothing = torch.zeros_like(prefix.weight)
     assert output_error(nothing, nothing, h, h, h) == 0
     assert output_error(nothing, prefix.weight, h, h, h) == float("inf")
+
+
+def test_rows_keep_the_energy_that_they_have_behind_the_prefix(prefix):
+    """Also that of matrices that write into the stream, and a row that becomes zero stays zero."""
+    h, c, lack = prefix.moments()
+    weight = prefix.weight.clone()
+    weight[0] = 0
+    for writes in (False, True):
+        target = Correction(strength=0.8, residual=0.5).fit(h, c, lack, 0, "m").of(weight, writes)
+        plain = Correction(strength=0.8, residual=0.5, preserve=False).fit(h, c, lack, 0, "m").of(weight, writes)
+        before, after = (((w @ h) * w).sum(1) for w in (weight, target))
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.nn.functional.normalize(target[1:]), torch.nn.functional.normalize(plain[1:]))

@@ -18,7 +18,7 @@ from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian
 from tests.caldera.tiny_models import plain_inputs, weight_of
 
-CORRECTION = Correction(strength=0.7, strength_last=0.4, residual=0.5, sigma=1e-2)
+CORRECTION = Correction(strength=0.7, strength_last=0.4, residual=0.5, sigma=1e-2, preserve=False)
 MIXTURES = ("mixtral", "qwen2_moe", "gpt_oss")
 WRITERS = {
     "llama": ["self_attn.o_proj", "mlp.down_proj"],
