@@ -49,6 +49,8 @@ class Correction:
         Raises NumericalError naming `what` when H^ cannot be factorised.
         """
         n, mean = moments.shape[0], moments.diagonal().mean()
+        if read(mean) <= 0:  # nothing arrives here, which `prepare` refuses by name
+            return Target(torch.eye(n, device=moments.device))
         chol, sigma = damped_cholesky(moments / mean, self.sigma, LIMIT, f"{what}: moments of the correction")
         eye = torch.eye(n, device=moments.device)
         a, b = _at(depth, self.strength, self.strength_last), _at(depth, self.residual, self.residual_last)

@@ -306,11 +306,12 @@ def axes(point: Point) -> dict:
     quantizers = {part: None if name == "none" else name for part, name in parts.items()}
     bits = {f"{part}_bits": name and get_quantizer(name).bits for part, name in quantizers.items()}
     names = {"model": config["model"]["name"], "method": config["method"]["name"], "rank": m.rank}
+    names |= {"inputs": "corrected" if point.correction else "original"}
     text = {"calibration_tokens": config["calibration"]["sequences"] * config["calibration"]["length"]}
     return names | quantizers | bits | text | {"budget_bits": config["budget"]["bits"], "seed": m.seed}
 
 
 def uncompressed_axes(point: Point) -> dict:
     """The axes of the uncompressed model, to which most do not apply."""
-    nothing = dict.fromkeys(("q", "l", "r", "rank", "q_bits", "l_bits", "r_bits", "budget_bits"))
+    nothing = dict.fromkeys(("inputs", "q", "l", "r", "rank", "q_bits", "l_bits", "r_bits", "budget_bits"))
     return {"model": point.config["model"]["name"], "method": "none", "seed": point.config["seed"]} | nothing

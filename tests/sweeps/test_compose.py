@@ -114,8 +114,9 @@ def test_scale_is_part_of_a_quantizers_name(settings, name):
 
 # -------------------------------------------------------------------------------------------------------------- methods
 METHODS = {
-    "caldera": ("e8p_2bit", 0), "caldera_published": ("e8p_2bit", 0), "q_only": ("e8p_2bit", 0),
-    "qera": ("e8p_2bit", 32), "loftq": ("nf_4bit_g64", 32), "srr": ("e8p_2bit", 64), "odlri": ("e8p_2bit", 64),
+    "caldera": ("trellis_2bit", 0), "caldera_published": ("e8p_2bit", 0), "q_only": ("e8p_2bit", 0),
+    "qera": ("trellis_2bit", 32), "loftq": ("nf_4bit_g64", 32), "srr": ("trellis_2bit", 64),
+    "odlri": ("trellis_2bit", 64),
     "gptq": ("uniform_asym_3bit_g64", 0), "rtn": ("uniform_asym_3bit_g64", 0), "lr_only": ("none", 0),
     "none": ("none", 0),
 }  # fmt: skip
