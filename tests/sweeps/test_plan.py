@@ -86,7 +86,8 @@ def test_axes_are_flat_and_say_what_was_asked(point):
     found = axes(point("rank.k=8", "quantizer@l=bf16", "seed=3"))
     assert found == {
         "model": "tiny", "method": "caldera", "inputs": "corrected", "rank": 8,
-        "q": "trellis_2bit", "l": "bf16", "r": "e8p_2bit", "q_bits": 2, "l_bits": 16, "r_bits": 2, "calibration_tokens": 1024, "budget_bits": None, "seed": 3,
+        "q": "trellis_2bit", "l": "bf16", "r": "e8p_2bit",
+        "q_bits": 2, "l_bits": 16, "r_bits": 2, "calibration_tokens": 1024, "budget_bits": None, "seed": 3,
     }  # fmt: skip
     assert {key: value for key, value in axes(point()).items() if key[0] in "lr"} == {
         "rank": 0, "l": None, "r": None, "l_bits": None, "r_bits": None,
