@@ -251,3 +251,28 @@ def test_damping_rises_tenfold_until_the_factorisation_succeeds():
     chol, sigma = damped_cholesky(h, 1e-3, 1.0, "x")
     assert sigma == pytest.approx(0.1)
     torch.testing.assert_close(chol @ chol.T, h + 0.1 * torch.eye(4))
+
+
+@pytest.mark.parametrize("name", ["e8p_2bit", "e8p_3bit", "trellis_2bit", "uniform_2bit_row"])
+def test_an_overloaded_scale_is_widened(name):
+    """A few rows along the dominant direction of H, as in first layers: their errors go round and round in feedback."""
+    n, direction = 96, gaussian(1, 96)
+    weight = gaussian(200, n)
+    weight[:3] += 3 * direction
+    basis = prepare(second_moments(n) + 300 * direction.T @ direction, name="x", transformed=False)
+    quantizer = get_quantizer(name)
+    fitted = quantizer.fit(weight)
+
+    def loss(found) -> float:
+        rest = weight - found.values
+        return float(((rest @ basis.damped) * rest).sum())
+
+    found, plain = ldlq(weight, basis, quantizer), ldlq(weight, basis, quantizer, fitted)
+    assert loss(found) < 0.9 * loss(plain)
+    assert (found.scales.scale.float() > 1.1 * fitted.scale.float()).all()
+    assert torch.equal(quantizer.decode(found.codes, found.scales, n), found.values)
+
+
+def test_a_scale_that_is_not_overloaded_stays(name="e8p_2bit"):
+    weight, basis = gaussian(64, 48), prepare(second_moments(48), name="x")
+    assert torch.equal(ldlq(weight, basis, get_quantizer(name)).scales.scale, get_quantizer(name).fit(weight).scale)
