@@ -120,7 +120,8 @@ class Quantizer:
         """Values float32 (m, n) of codes (m, ceil(n / group))."""
         m = codes.shape[0]
         scale, zero = self.columns(scales, n)
-        return self.codebook.decode(codes.reshape(-1)).reshape(m, -1)[:, :n] * scale + zero
+        values = self.codebook.decode(codes.reshape(-1)).reshape(m, -1)[:, :n] * scale
+        return values if self.symmetric else values + zero
 
     def round(self, x: Tensor) -> Tensor:
         """x (m, n) fitted, encoded and decoded: the nearest storable matrix, without error feedback."""
