@@ -1,7 +1,15 @@
 """Random models of a few thousand parameters, of three families with other names, biases and wirings."""
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 VOCABULARY, WIDTH, INNER, LAYERS = 61, 32, 44, 2
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -29,6 +37,17 @@ def qwen2() -> PreTrainedModel:
 def neox() -> PreTrainedModel:
     """q, k and v in one matrix; attention and MLP side by side on two norms of one input."""
     return randomised(GPTNeoXConfig(**SIZES, num_attention_heads=4))
+
+
+def gpt2() -> PreTrainedModel:
+    """Weights stored transposed, biases everywhere, tied embeddings."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_inner": INNER, "n_layer": LAYERS, "n_head": 4}
+    return randomised(GPT2Config(**sizes, n_positions=64, bos_token_id=0, eos_token_id=0))
+
+
+def mixtral() -> PreTrainedModel:
+    """Four experts in one parameter."""
+    return randomised(MixtralConfig(**SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2))
 
 
 FAMILIES = {"llama": llama, "qwen2": qwen2, "neox": neox}
