@@ -14,14 +14,17 @@ from typing import Any
 import wrapt
 
 from caldera.basis import Basis, prepare
-from caldera.decompose import Decomposition, Method, decompose, relative_error
+from caldera.decompose import Decomposition, decompose, relative_error
 from caldera.errors import CalderaError, CheckpointError, NumericalError, UserError
+from caldera.method import Method
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.quantizers import get_quantizer, quantizer_names
+from caldera.theory import predict_error
 
 __all__ = [
     "Basis", "CalderaConfig", "CalderaError", "CheckpointError", "Decomposition", "MatrixSpec", "Method",
-    "NumericalError", "PackedMatrix", "UserError", "decompose", "get_quantizer", "prepare", "quantizer_names",
+    "NumericalError", "PackedMatrix", "UserError", "decompose", "get_quantizer", "predict_error", "prepare",
+    "quantizer_names",
     "relative_error",
 ]  # fmt: skip
 

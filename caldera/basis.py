@@ -1,6 +1,6 @@
 """What all matrices that receive the same input share: damped, transformed moments and their factorisations."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from caldera import hadamard
 from caldera.devices import read
 from caldera.errors import NumericalError
-from caldera.linalg import block_feedback, damped_cholesky, diagonal_blocks, require_finite
+from caldera.linalg import block_feedback, damped_cholesky, diagonal_blocks, require_finite, solve_gram
 
 SIGMA_LIMIT = 1.0
 
@@ -18,7 +18,8 @@ SIGMA_LIMIT = 1.0
 class Basis:
     """Coordinates in which a matrix (m, n) is decomposed, `W~ = T_m S_out W S_in T_n^T`, and the moments there.
 
-    `moments` is H~ = T S (H / mean(diag H)) S T^T (n, n) without damping, `damped` = H~ + sigma I = chol chol^T.
+    `moments` is H~ = T S (H / mean(diag H)) S T^T (n, n) without damping, `damped` = H~ + sigma I = chol chol^T; with
+    `identity` H = I takes the place of what was measured. `jitters` says whether sigma had to rise.
     """
 
     name: str
@@ -27,6 +28,8 @@ class Basis:
     moments: Tensor
     chol: Tensor
     sigma: float
+    identity: bool = False
+    jitters: list[dict] = field(default_factory=list)
     _feedback: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -82,17 +85,70 @@ def padded(x: Tensor, group: int) -> Tensor:
     return torch.block_diag(x, torch.eye(short, device=x.device)) if short else x
 
 
-def prepare(moments: Tensor, *, name: str, seed: int = 0, sigma: float = 3e-3, transformed: bool = True) -> Basis:
-    """Basis of H = E[x x^T] (n, n). Raises NumericalError when H is not finite, all zero, or cannot be factorised."""
-    require_finite(moments, f"{name}: second moments")
+def unit_mean(moments: Tensor) -> Tensor:
+    """H (n, n) float32 of mean diagonal 1, whatever its unit; H itself when the mean is not positive."""
     mean = moments.diagonal().double().mean()
-    if read(mean) <= 0:
+    return (moments if read(mean) <= 0 else moments / mean).float()
+
+
+def prepare(
+    moments: Tensor,
+    *,
+    name: str,
+    seed: int = 0,
+    sigma: float = 3e-3,
+    transformed: bool = True,
+    identity: bool = False,
+) -> Basis:
+    """Basis of H = E[x x^T] (n, n), or of H = I in its place.
+
+    Raises NumericalError when H is not finite, all zero, or cannot be factorised.
+    """
+    require_finite(moments, f"{name}: second moments")
+    if read(moments.diagonal().double().mean()) <= 0:
         raise NumericalError(f"{name}: the second moments are zero; no calibration token reached this input")
-    h = (moments / mean).float()
-    if transformed:
-        sign_in = hadamard.signs(h.shape[0], seed, f"{name}/in", device=h.device)
-        h = hadamard.transform(h * sign_in * sign_in[:, None])
-        h = hadamard.transform(h.T.contiguous())
+    if identity:  # in any coordinates, and exactly, so that there is no feedback at all
+        h = torch.eye(moments.shape[0], device=moments.device)
+    else:
+        h = unit_mean(moments)
+        h = _into_both(h, seed, name) if transformed else h
+        h = (h + h.T) / 2
+    jitters = []
+    chol, sigma = damped_cholesky(h, sigma, SIGMA_LIMIT, f"{name}: second moments", jitters)
+    return Basis(name, seed, transformed, h, chol, sigma, identity, jitters)
+
+
+def restricted(basis: Basis, channels: int, jitters: list) -> Basis:
+    """The same coordinates with the moments of only the `channels` inputs of largest second moment."""
+    h = _out_of_both(basis.moments, basis.seed, basis.name) if basis.transformed else basis.moments
+    largest = h.diagonal().topk(min(channels, basis.n)).indices
+    mask = torch.zeros(basis.n, device=h.device).index_fill(0, largest, 1.0)
+    options = {"seed": basis.seed, "sigma": basis.sigma, "transformed": basis.transformed}
+    found = prepare(h * mask * mask[:, None], name=basis.name, **options)
+    jitters += found.jitters
+    return found
+
+
+def downdated(basis: Basis, right: Tensor, what: str, jitters: list) -> Basis:
+    """The same coordinates with H' = H - H R^T (R H R^T)^-1 R H, what of H a refit of L beside R (k, n) cannot absorb.
+
+    tr(E H' E^T) = min over L of tr((E - L R) H (E - L R)^T) for any E (m, n).
+    """
+    cross = right @ basis.moments
+    gram = cross @ right.T
+    h = basis.moments - cross.T @ solve_gram((gram + gram.T) / 2, cross, what, jitters)
     h = (h + h.T) / 2
-    chol, sigma = damped_cholesky(h, sigma, SIGMA_LIMIT, f"{name}: second moments")
-    return Basis(name, seed, transformed, h, chol, sigma)
+    chol, sigma = damped_cholesky(h, basis.sigma, SIGMA_LIMIT, what, jitters)
+    return replace(basis, moments=h, chol=chol, sigma=sigma, identity=False, _feedback={})
+
+
+def _into_both(h: Tensor, seed: int, name: str) -> Tensor:
+    """T S H S T^T."""
+    sign = hadamard.signs(h.shape[0], seed, f"{name}/in", device=h.device)
+    return hadamard.transform(hadamard.transform(h * sign * sign[:, None]).T.contiguous())
+
+
+def _out_of_both(h: Tensor, seed: int, name: str) -> Tensor:
+    """The inverse of `_into_both`."""
+    sign = hadamard.signs(h.shape[0], seed, f"{name}/in", device=h.device)
+    return hadamard.inverse(hadamard.inverse(h).T.contiguous()) * sign * sign[:, None]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from caldera.errors import UserError
 from caldera.matrices import Matrix, Products, matrices, watch
 
+LOUD = 100.0  # size of an experiment's output, in units of the hidden states
+
 
 class Stop(Exception):
     """Ends a forward pass once everything that was wanted has been seen."""
@@ -74,7 +76,8 @@ class Stream:
     def open(cls, model: nn.Module, rows: Tensor) -> "Stream":
         """Embed token rows (rows, length) and note what the model passes to each block.
 
-        Positions and masks depend on the length alone, since all rows are full; so one row shows them.
+        Positions and masks depend on the length alone, since all rows are full; so one row shows them. From here on
+        the model multiplies its experts one by one.
         """
         _, blocks = decoder_blocks(model)
         device = next(model.parameters()).device
@@ -127,24 +130,41 @@ def _hooked(pairs) -> Iterator[None]:
 
 
 def input_groups(block: nn.Module, stream: Stream, index: int) -> list[InputGroup]:
-    """Groups of matrices that receive one tensor, in the order in which they run, seen on the stream's first row.
+    """Groups of matrices that receive one tensor, in the order in which they run, seen on the stream's first rows.
 
-    An expert that the row does not reach stands alone, after the others; another layer without a token is left out.
+    Experts without a token come after the others, grouped as their fellows are; a layer without any is left out.
     """
+    found = matrices(block)
+    unseen, groups = dict(found), []
+    for row in range(len(stream.hidden)):
+        groups += _sharing(block, stream, index, row, unseen)
+        unseen = {name: m for name, m in unseen.items() if not any(name in names for names in groups)}
+        if all(m.expert is not None for m in unseen.values()):
+            break
+    leading = {found[name].stage: found[names[0]].stage for names in groups for name in names}
+    order, idle = list(leading), {}
+    experts = [(name, m) for name, m in unseen.items() if m.expert is not None]
+    for name, m in sorted(experts, key=lambda pair: order.index(pair[1].stage) if pair[1].stage in leading else -1):
+        idle.setdefault((leading.get(m.stage, m.stage), m.expert), []).append(name)
+    groups += map(tuple, idle.values())
+    return _staged([_group(names, found[names[0]]) for names in groups])
+
+
+def _sharing(
+    block: nn.Module, stream: Stream, index: int, row: int, watched: dict[str, Matrix]
+) -> list[tuple[str, ...]]:
+    """Names of the matrices that receive one tensor in that row, in the order in which they run."""
     seen: dict[tuple, list[str]] = {}
     held = []  # keeps every input alive, so that no address is used twice
-    found = matrices(block)
 
     def note(name: str, x: Tensor) -> None:
-        held.append(x)
-        seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+        if x.numel():
+            held.append(x)
+            seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
 
-    with watch(found.values(), note):
-        stream.run(block, index, 0)
-    groups = list(dict.fromkeys(tuple(dict.fromkeys(names)) for names in seen.values()))
-    reached = {name for names in groups for name in names}
-    groups += [(name,) for name, m in found.items() if m.expert is not None and name not in reached]
-    return _staged([_group(names, found[names[0]]) for names in groups])
+    with watch(watched.values(), note):
+        stream.run(block, index, row)
+    return list(dict.fromkeys(tuple(dict.fromkeys(names)) for names in seen.values()))
 
 
 def _group(names: tuple[str, ...], first: Matrix) -> InputGroup:
@@ -162,21 +182,23 @@ def residual_writers(block: nn.Module, stream: Stream, index: int) -> list[str]:
     """Matrices whose output is added, as it is, to the hidden states that leave the block: o_proj, down_proj.
 
     Found by experiment on the stream's first row: with the outputs of all candidates set to zero, a random output of
-    one must reach the end of the block unchanged. A norm or a factor behind a matrix rules it out.
+    one must reach the end of the block unchanged. A norm or a factor behind a matrix rules it out; what the rest of
+    the block (biases of routed experts) makes of it is small beside an output `LOUD` times the hidden states.
     """
-    width = stream.hidden[0].shape[-1]
+    tokens, width = stream.hidden[0].shape[:-1], stream.hidden[0].shape[-1]
     candidates = {name: m for name, m in matrices(block).items() if m.shape[0] == width}
 
     def output(chosen: str | None, value: Tensor | None) -> Tensor:
         def seen(name: str, x: Tensor, _y) -> Tensor:
             zeros = torch.zeros(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
-            return zeros + value.reshape(zeros.shape) if name == chosen else zeros
+            all_tokens = zeros.numel() == tokens.numel() * width
+            return zeros + value.reshape(zeros.shape) if name == chosen and all_tokens else zeros
 
         with Products(candidates.values(), seen):
             return stream.run(block, index, 0)
 
     base = output(None, None)
-    size = float(base.float().square().mean().sqrt())
+    size = LOUD * float(base.float().square().mean().sqrt())
     generator = torch.Generator().manual_seed(index)
     value = (size * torch.randn(base.shape, generator=generator)).to(base)
     expected = base + value

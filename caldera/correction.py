@@ -3,7 +3,8 @@
 There a matrix W (m, n) receives x^ instead of the original's x. With H^ = E[x^ x^^T] and C = E[x x^^T] the linear map
 whose output on x^ is nearest to W x is W C (H^)^-1. A matrix that writes into the residual stream can answer for more:
 with D = E[d x^^T], where d is what the stream lacks at that place, adding D (H^)^-1 repairs what x^ knows of d. Taken
-fully, both shrink what they cannot explain, and the shrinkage compounds over depth; a damped part of them helps.
+fully, both shrink what they cannot explain, and the shrinkage compounds over depth; a damped part of them helps, more
+so when every row of W' is brought back to the energy that the row of W has on x^.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ LIMIT = 1.0
 class Correction:
     """W' = W ((1 - a) I + a (C + s I)(H^ + s I)^-1) + b D (H^ + s I)^-1, with s = `sigma` x the mean diagonal of H^.
 
-    a, the `strength`, and b, the `residual`, run linearly over depth to their `_last` value (None: the same).
+    a, the `strength`, and b, the `residual`, run linearly over depth to their `_last` value (None: the same). With
+    `preserve` each row w' of W' is scaled to E (w' x^)^2 = E (w x^)^2.
     """
 
     strength: float = 0.3
@@ -30,6 +32,7 @@ class Correction:
     residual: float = 0.3
     residual_last: float | None = None
     sigma: float = 1e-2
+    preserve: bool = True
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field, its value and the remedy."""
@@ -51,7 +54,7 @@ class Correction:
         a, b = _at(depth, self.strength, self.strength_last), _at(depth, self.residual, self.residual_last)
         full = torch.cholesky_solve((cross / mean + sigma * eye).T.contiguous(), chol).T
         added = None if lack is None else b * torch.cholesky_solve((lack / mean).T.contiguous(), chol).T
-        return Target((1 - a) * eye + a * full, added)
+        return Target((1 - a) * eye + a * full, added, moments if self.preserve else None)
 
 
 def _at(depth: float, first: float, last: float | None) -> float:
@@ -60,15 +63,23 @@ def _at(depth: float, first: float, last: float | None) -> float:
 
 @dataclass(frozen=True)
 class Target:
-    """W' = W P + A: P (n, n) for every matrix with this input, A (m, n) for those that write into the stream."""
+    """W' = W P + A: P (n, n) for every matrix with this input, A (m, n) for those that write into the stream.
+
+    With `moments`, H^ (n, n), the rows keep their energy.
+    """
 
     through: Tensor
     added: Tensor | None = None
+    moments: Tensor | None = None
 
     def of(self, weight: Tensor, writes: bool) -> Tensor:
         """W' (m, n) of W (m, n)."""
         target = weight @ self.through
-        return target + self.added if writes and self.added is not None else target
+        target = target + self.added if writes and self.added is not None else target
+        if self.moments is None:
+            return target
+        before, after = (((w @ self.moments) * w).sum(1, keepdim=True) for w in (weight, target))
+        return target * torch.where(after > 0, before / after, 1.0).sqrt()
 
 
 def output_error(weight: Tensor, approximation: Tensor, original: Tensor, cross: Tensor, moments: Tensor) -> float:

@@ -1,89 +1,39 @@
 """The CALDERA decomposition W ~ Q + L R of one matrix (Saha et al., NeurIPS 2024, arXiv 2405.18886)."""
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from caldera.basis import Basis, prepare
-from caldera.devices import read
-from caldera.errors import UserError
+from caldera.basis import Basis, downdated, prepare, unit_mean
+from caldera.devices import is_fake, read
+from caldera.errors import NumericalError, UserError
+from caldera.initial import initial_factors
 from caldera.ldlq import Rounded, ldlq, tune
-from caldera.linalg import require_finite
-from caldera.lowrank import Factor, lplr, rank_constrained_regression, rotated
+from caldera.linalg import named, power_of_4, require_finite
+from caldera.lowrank import Factor, lplr, starting_right
+from caldera.method import Method
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.quantizers import get_quantizer
-
-ORDERS = ("lr_first", "q_first")
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a matrix is decomposed. `q`, `l`, `r` are quantizer names; `q="none"` leaves the backbone out.
-
-    Each of `outer_iterations` rounds updates L, R (by `inner_iterations` alternations) and Q, in the given order; the
-    best iterate is kept. With `warm_start` the factors continue from the last round instead of a fresh regression.
-    `tune_passes` of coordinate descent follow each LDLQ. `sigma` damps the moments (of unit mean diagonal).
-    After `patience` rounds without an improvement of `tolerance` (relative) the loop stops.
-    """
-
-    rank: int = 64
-    q: str = "e8p_2bit"
-    l: str = "e8p_4bit"
-    r: str = "e8p_4bit"
-    outer_iterations: int = 15
-    inner_iterations: int = 10
-    order: str = "lr_first"
-    warm_start: bool = True
-    rotate: bool = True
-    transform: bool = True
-    tune_passes: int = 0
-    sigma: float = 3e-3
-    tolerance: float = 1e-4
-    patience: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises UserError naming the field, its value and the remedy."""
-        whole = {"rank": 0, "outer_iterations": 1, "inner_iterations": 1, "tune_passes": 0, "patience": 1}
-        for name, least in whole.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
-        if self.order not in ORDERS:
-            raise UserError(f"order={self.order!r} must be one of {', '.join(ORDERS)}")
-        if not 0 < self.sigma <= 1:
-            raise UserError(f"sigma={self.sigma!r} must be above 0 and at most 1 (the mean diagonal of H)")
-        for name in (self.q, self.l, self.r):
-            name == "none" or get_quantizer(name)
-        if self.rank and "none" in (self.l, self.r):
-            raise UserError(f"rank={self.rank} needs both factors: give l and r a quantizer, or set rank=0")
-        if not self.rank and self.q == "none":
-            raise UserError("q='none' with rank=0 leaves nothing of the matrix: give q a quantizer or set a rank")
-
-    def spec(self, shape: tuple[int, int], name: str = "matrix", input_name: str = "input") -> MatrixSpec:
-        """What a matrix of that shape becomes. Raises UserError when the rank exceeds its smaller side."""
-        if self.rank > min(shape):
-            m, n = shape
-            raise UserError(
-                f"rank={self.rank} exceeds the smaller side of {name} ({m} x {n}); use at most {min(shape)}"
-            )
-        factors = (self.l, self.r) if self.rank else ("none", "none")
-        return MatrixSpec(name, input_name, tuple(shape), self.rank, self.q, *factors, self.seed, self.transform)
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """A packed matrix with the error it was measured to have, and how the loop went.
 
-    `trace` lists every half step: iteration, step ("Q" or "LR") and relative error in the loop's coordinates.
+    `trace` lists every half step: iteration, step ("Q" or "LR") and relative error in the loop's coordinates, by the
+    moments of the fit. `sigma` is the damping of H; `jitters` lists every damping that had to rise above its start:
+    what it was added to, and how much. `init_rank` counts the dimensions that the initial factors took.
     """
 
     packed: PackedMatrix
     relative_error: float
     trace: list[dict]
     sigma: float
+    jitters: list[dict] = field(default_factory=list)
+    init_rank: int = 0
 
     @property
     def spec(self) -> MatrixSpec:
@@ -108,13 +58,19 @@ class Decomposition:
 
 def relative_error(weight: Tensor, approximation: Tensor, moments: Tensor) -> float:
     """sqrt(tr(E H E^T) / tr(W H W^T)) with E = W - W_hat and the measured, undamped H (n, n)."""
-    error, moments = weight.float() - approximation, moments.float()
-    lost, all_of_it = (((x @ moments) * x).sum(dtype=torch.float64) for x in (error, weight.float()))
-    return _ratio(read(lost), read(all_of_it))
+    unit, moments = power_of_4(weight), unit_mean(moments)  # so that no square leaves float32's range
+    weight = weight.float() / unit
+    lost, all_of_it = (energy(x, moments) for x in (weight - approximation / unit, weight))
+    return _ratio(lost, all_of_it)
+
+
+def energy(x: Tensor, moments: Tensor) -> float:
+    """tr(X H X^T) of X (m, n)."""
+    return read(((x @ moments) * x).sum(dtype=torch.float64))
 
 
 def _ratio(lost: float, all_of_it: float) -> float:
-    return 0.0 if lost <= 0 else (lost / all_of_it) ** 0.5 if all_of_it > 0 else float("inf")
+    return 0.0 if lost <= 0 else float("inf") if all_of_it <= 0 else (lost / all_of_it) ** 0.5
 
 
 def decompose(
@@ -129,19 +85,38 @@ def decompose(
     if weight.dim() != 2 or moments.shape != (weight.shape[1],) * 2:
         shapes = f"{tuple(weight.shape)} and {tuple(moments.shape)}"
         raise UserError(f"{name}: W and H have shapes {shapes}; they must be (m, n) and (n, n)")
+    weight = weight.float()
     require_finite(weight, f"{name}: weights")
-    if basis is None:
-        basis = prepare(moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
-    if (basis.n, basis.seed, basis.transformed) != (weight.shape[1], method.seed, method.transform):
-        raise UserError(
-            f"{name}: its basis was prepared for n={basis.n}, seed={basis.seed}, transformed={basis.transformed}; the"
-            f" matrix and the method have n={weight.shape[1]}, seed={method.seed}, transform={method.transform}"
-        )
+    basis = prepare(moments, name=name, **method.basis_options) if basis is None else basis
+    _check_basis(basis, weight, method, name)
     spec = method.spec(tuple(weight.shape), name, basis.name)
-    loop = _Loop(basis.forward(weight, name), basis, method, name)
-    loop.run()
-    packed = PackedMatrix(spec, loop.pack())
-    return Decomposition(packed, relative_error(weight, packed.dequantize(), moments), loop.trace, basis.sigma)
+    unit = power_of_4(weight)
+    loop = _Loop(basis.forward(weight / unit, name), basis, method, name)
+    with named(name):
+        loop.run()
+    packed = PackedMatrix(spec, loop.pack(unit))
+    error = _defined(relative_error(weight, packed.dequantize(), moments), weight, name)
+    return Decomposition(packed, error, loop.trace, basis.sigma, basis.jitters + loop.jitters, loop.init_rank)
+
+
+def _check_basis(basis: Basis, weight: Tensor, method: Method, name: str) -> None:
+    """Raise UserError when the basis is not the one that the method asks for."""
+    made = (basis.n, basis.seed, basis.transformed, basis.identity)
+    options = method.basis_options
+    asked = (weight.shape[1], *(options[key] for key in ("seed", "transformed", "identity")))
+    if made != asked:
+        raise UserError(
+            f"{name}: its basis was prepared with (n, seed, transformed, identity) = {made}, but matrix and method"
+            f" have {asked}: prepare it with method.basis_options"
+        )
+
+
+def _defined(error: float, like: Tensor, name: str) -> float:
+    """The error itself. Raises NumericalError when it is no number; a dry run has none."""
+    if not math.isfinite(error) and not is_fake(like):
+        reason = "an overflow" if math.isnan(error) else "weights that give no output on the calibration inputs"
+        raise NumericalError(f"{name}: the relative error is {error} because of {reason}")
+    return error
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -158,70 +133,90 @@ class _Loop:
     method: Method
     name: str
     trace: list[dict] = field(default_factory=list)
+    jitters: list[dict] = field(default_factory=list)
     q: Rounded | None = None
     factors: tuple[Factor, Factor] | None = None
     best: tuple | None = None
+    init_rank: int = 0
 
     def __post_init__(self) -> None:
         self.generator = _generator(self.method.seed, self.name)
-        self.energy = self._energy(self.weight)
+        self.energy = energy(self.weight, self.basis.moments)
         self.has_q, self.has_factors = self.method.q != "none", self.method.rank > 0
 
     def run(self) -> None:
         """Alternate until the iterations or the patience end. Without both parts one round is all there is to do."""
+        self._start()
         steps = [("LR", self._update_factors)] * self.has_factors + [("Q", self._update_q)] * self.has_q
         steps = steps if self.method.order == "lr_first" else steps[::-1]
         stale = 0
         for iteration in range(self.method.outer_iterations if len(steps) == 2 else 1):
             before = self.best[0] if self.best else float("inf")
-            for name, update in steps:
-                update()
-                self._judge(iteration, name)
+            for step, update in steps:
+                update(f"{self.name}: {step} of iteration {iteration}")
+                self._judge(iteration, step)
             improved = self.best is not None and self.best[0] < before * (1 - self.method.tolerance)
             stale = 0 if improved else stale + 1
             if stale >= self.method.patience:
                 break
 
-    def _update_factors(self) -> None:
+    def _start(self) -> None:
+        what = f"{self.name}: initial factors"
+        self.factors = initial_factors(self.weight, self.basis, self.method, self.generator, what, self.jitters)
+        self.init_rank = self._dimensions()
+
+    def _dimensions(self) -> int:
+        """Of the rank, how many the present factors have."""
+        return 0 if self.factors is None else self.factors[1].values.shape[0]
+
+    def _update_factors(self, what: str) -> None:
+        """LPLR on what Q leaves. Factors that nothing has improved on yet, and warm ones, are where it starts."""
         method, target = self.method, self.weight if self.q is None else self.weight - self.q.values
-        start = self.factors if method.warm_start else None
-        right = start[1].values if start else self._regression(target)
-        quantizers = get_quantizer(method.l), get_quantizer(method.r)
-        rounds = 1 if all(q.bits == 16 for q in quantizers) else method.inner_iterations
-        self.factors = lplr(target, right, self.basis, quantizers, rounds, f"{self.name}: factors", start)
+        if self.q is not None and not method.warm_start:
+            self.factors = None
+        start = self.factors if self._dimensions() == method.rank else None
+        right, options = self._right(target), (method.factor_quantizers, method.alternations, what)
+        self.factors = lplr(target, right, self.basis, *options, start, self.jitters)
 
-    def _regression(self, target: Tensor) -> Tensor:
-        left, right = rank_constrained_regression(target, self.basis, self.method.rank, self.generator)
-        return rotated(left, right, self.generator)[1] if self.method.rotate else right
+    def _right(self, target: Tensor) -> Tensor:
+        """R (k, n) of the present factors; for dimensions that they lack, a regression of what they leave."""
+        missing = self.method.rank - self._dimensions()
+        if missing == 0:
+            return self.factors[1].values
+        rest = target - self._product()
+        right = starting_right(rest, self.basis, missing, self.generator, self.method.rotate)
+        return right if self.factors is None else torch.cat([self.factors[1].values, right])
 
-    def _update_q(self) -> None:
-        quantizer, target = get_quantizer(self.method.q), self.weight - self._product()
-        self.q = ldlq(target, self.basis, quantizer)
-        if self.method.tune_passes:
-            self.q = tune(target, self.basis, quantizer, self.q, self.method.tune_passes)
+    def _update_q(self, what: str) -> None:
+        method, basis = self.method, self.basis
+        if method.downdate and self.factors is not None:
+            basis = downdated(basis, self.factors[1].values, what, self.jitters)
+        quantizer, target = get_quantizer(method.q), self.weight - self._product()
+        self.q = ldlq(target, basis, quantizer)
+        if method.tune_passes:
+            self.q = tune(target, basis, quantizer, self.q, method.tune_passes)
 
     def _product(self) -> Tensor | float:
         return 0.0 if self.factors is None else self.factors[0].values.T @ self.factors[1].values
 
-    def _energy(self, x: Tensor) -> float:
-        return read(((x @ self.basis.moments) * x).sum(dtype=torch.float64))
-
     def _judge(self, iteration: int, step: str) -> None:
         """Record the error after a half step and keep the iterate if it is complete and the best so far."""
         rest = self.weight - self._product() - (0.0 if self.q is None else self.q.values)
-        error = _ratio(self._energy(rest), self.energy)
+        error = _ratio(energy(rest, self.basis.moments), self.energy)
+        error = _defined(error, rest, f"{self.name}: {step} of iteration {iteration}")
         self.trace.append({"iteration": iteration, "step": step, "error": error})
-        complete = (self.q is not None or not self.has_q) and (self.factors is not None or not self.has_factors)
+        complete = (self.q is not None or not self.has_q) and self._dimensions() == self.method.rank
         if complete and (self.best is None or error < self.best[0]):
             self.best = (error, self.q, self.factors)
 
-    def pack(self) -> dict[str, Tensor]:
-        """The best iterate's stored tensors."""
+    def pack(self, unit: float) -> dict[str, Tensor]:
+        """The best iterate's stored tensors, in the unit of W before it was divided by `unit`."""
         _, q, factors = self.best
-        method, tensors = self.method, {}
-        parts = {"q": q, "l": factors and factors[0], "r": factors and factors[1]}
-        for prefix, part in parts.items():
+        tensors, root = {}, unit**0.5
+        parts = {"q": (q, unit), "l": (factors and factors[0], root), "r": (factors and factors[1], root)}
+        for prefix, (part, scale) in parts.items():
             if part is not None:
-                stored = get_quantizer(getattr(method, prefix)).pack(part.codes, part.scales)
-                tensors |= {f"{prefix}_{key}": t for key, t in stored.items()}
+                quantizer = get_quantizer(getattr(self.method, prefix))
+                codes, scales = quantizer.rescaled(part.codes, part.scales, scale, f"{self.name}: {prefix}")
+                tensors |= {f"{prefix}_{key}": t for key, t in quantizer.pack(codes, scales).items()}
         return tensors

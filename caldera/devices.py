@@ -36,12 +36,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="caldera")
 
 
-def over_rows(kernel: Callable[..., None], rows: int, *arguments) -> None:
-    """kernel(*arguments, start, stop) over a split of the rows, one part a torch thread."""
-    parts = max(1, min(torch.get_num_threads(), rows // 16))
-    edges = [rows * i // parts for i in range(parts + 1)]
+def over_rows(kernel: Callable[..., None], rows: int, *arguments, edges: list[int] | None = None) -> None:
+    """kernel(*arguments, start, stop) over a split of the rows, one part a torch thread; `edges`: where it may cut."""
+    edges = list(range(0, rows, 16)) + [rows] if edges is None else edges
+    parts = max(1, min(torch.get_num_threads(), len(edges) - 1))
+    cuts = [edges[(len(edges) - 1) * i // parts] for i in range(parts + 1)]
     if parts == 1:
         return kernel(*arguments, 0, rows)
-    jobs = [_pool(parts).submit(kernel, *arguments, *pair) for pair in pairwise(edges)]
+    jobs = [_pool(parts).submit(kernel, *arguments, *pair) for pair in pairwise(cuts)]
     for job in jobs:
         job.result()

@@ -4,6 +4,8 @@ Both walk the columns from last to first in groups of the quantizer's size. Insi
 carried group by group; one matrix product then carries the panel's errors to all columns before it.
 """
 
+from itertools import pairwise
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -65,20 +67,30 @@ def _panels(n: int) -> list[tuple[int, int]]:
     return [(first, min(first + PANEL, n)) for first in range(0, n, PANEL)][::-1]
 
 
-def _ldlq_panel_compiled(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
-    from caldera.quantizers import _kernels
+def _loops(quantizer: Quantizer) -> ModuleType:
+    """The compiled loops of the quantizer's kind."""
+    from caldera.quantizers import _kernels, _trellis
 
+    return _trellis if quantizer.codebook.sequential else _kernels
+
+
+def _edges(quantizer: Quantizer, rows: int) -> list[int] | None:
+    """Where the rows may be cut: between sequences, or anywhere."""
+    return quantizer.codebook.edges(rows) if quantizer.codebook.sequential else None
+
+
+def _ldlq_panel_compiled(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
     arrays = [t.numpy() for t in (work, target, feedback, *columns)]
-    book = quantizer.codebook.kernel()
-    over_rows(_kernels.ldlq_panel, work.shape[0], *arrays, book, first, last, values.numpy(), codes.numpy())
+    rest = (quantizer.codebook.kernel(), first, last, values.numpy(), codes.numpy())
+    rows = work.shape[0]
+    over_rows(_loops(quantizer).ldlq_panel, rows, *arrays, *rest, edges=_edges(quantizer, rows))
 
 
 def _tune_panel_compiled(quantizer, columns, gradient, moments, inverses, first, last, values, codes) -> None:
-    from caldera.quantizers import _kernels
-
     arrays = [t.numpy() for t in (gradient, moments, inverses, *columns)]
-    book = quantizer.codebook.kernel()
-    over_rows(_kernels.tune_panel, gradient.shape[0], *arrays, book, first, last, values.numpy(), codes.numpy())
+    rest = (quantizer.codebook.kernel(), first, last, values.numpy(), codes.numpy())
+    rows = gradient.shape[0]
+    over_rows(_loops(quantizer).tune_panel, rows, *arrays, *rest, edges=_edges(quantizer, rows))
 
 
 def _nearest(quantizer, columns: Scales, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
@@ -105,7 +117,15 @@ def _tune_panel(quantizer, columns, gradient, moments, inverses, first, last, va
         found, new = _nearest(quantizer, columns, values[:, at] + gradient[:, at] @ inverses[block], at)
         move = values[:, at] - new
         change = (move * (2 * gradient[:, at] + move @ moments[at, at])).sum(1)
-        better = change < 0
+        better = _jointly(quantizer, change) < 0
         codes[:, block] = torch.where(better, found, codes[:, block])
         values[:, at] = torch.where(better[:, None], new, values[:, at])
         gradient[:, first:last] += torch.where(better[:, None], move, 0.0) @ moments[at, first:last]
+
+
+def _jointly(quantizer: Quantizer, change: Tensor) -> Tensor:
+    """Each row's change (m,), or the sum over its sequence where rows are rounded together."""
+    edges = _edges(quantizer, len(change))
+    if edges is None:
+        return change
+    return torch.cat([change[a:b].sum().expand(b - a) for a, b in pairwise(edges)])

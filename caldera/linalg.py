@@ -1,5 +1,9 @@
 """Guarded factorisations: a failure is answered by more damping, which is recorded, then by a typed error."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -14,29 +18,53 @@ def require_finite(x: Tensor, what: str) -> None:
         raise NumericalError(f"{what}: {int(bad)} of {x.numel()} entries are NaN or infinite")
 
 
-def damped_cholesky(h: Tensor, sigma: float, limit: float, what: str) -> tuple[Tensor, float]:
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """A QR or SVD that does not converge inside the block becomes a NumericalError that begins with `what`."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+def damped_cholesky(
+    h: Tensor, sigma: float, limit: float, what: str, jitters: list | None = None
+) -> tuple[Tensor, float]:
     """Lower Cholesky factor of h + sigma I, h (n, n) of unit scale, and the sigma that it took.
 
-    A failure raises sigma tenfold (from 1e-8 when it was 0), at most to `limit`; then NumericalError.
+    A failure raises sigma tenfold (from 1e-8 when it was 0), at most to `limit`; then NumericalError. A sigma that had
+    to rise is noted in `jitters`.
     """
+    start = sigma
     while True:
         factor, info = torch.linalg.cholesky_ex(h + sigma * torch.eye(h.shape[0], dtype=h.dtype, device=h.device))
         if not read(info) > 0 and not read((~torch.isfinite(factor)).sum()) > 0:
+            if sigma > start and jitters is not None:
+                jitters.append({"what": what, "jitter": sigma})
             return factor, sigma
         if sigma >= limit:
             raise NumericalError(f"{what}: the Cholesky factorisation fails even with {sigma:g} added to the diagonal")
         sigma = min(max(sigma * 10, 1e-8), limit)
 
 
-def solve_gram(gram: Tensor, right: Tensor, what: str) -> Tensor:
+def solve_gram(gram: Tensor, right: Tensor, what: str, jitters: list | None = None) -> Tensor:
     """X (k, p) with gram X = right, for a positive semidefinite gram (k, k); dependent directions are damped.
 
     The damping starts at float32's resolution of the largest eigenvalue's bound, so that a rank-deficient gram
-    (a zero target, a rank above the matrix's) gives the least-norm kind of answer instead of an explosion.
+    (a zero target, a rank above the matrix's) gives the least-norm kind of answer instead of an explosion. Damping
+    beyond that start is noted in `jitters`. Raises NumericalError when nothing helps.
     """
     scale = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    factor, _ = damped_cholesky(gram / scale, 1e-6, 1e-1, what)
-    return torch.cholesky_solve(right / scale, factor)
+    factor, _ = damped_cholesky(gram / scale, 1e-6, 1e-1, what, jitters)
+    solution = torch.cholesky_solve(right / scale, factor)
+    require_finite(solution, what)
+    return solution
+
+
+def power_of_4(x: Tensor) -> float:
+    """The power of 4 nearest to the largest |x|, 1 for zeros: to divide by it or its square root costs no bit."""
+    top = read(x.abs().max())
+    return 4.0 ** max(-60, min(63, round(math.log(top, 4)))) if 0 < top < math.inf else 1.0
 
 
 def block_feedback(chol: Tensor, group: int) -> Tensor:

@@ -29,14 +29,16 @@ class Factor:
         return cls(codes, scales, quantizer.decode(codes, scales, x.shape[1]))
 
 
-def top_subspace(x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def top_subspace(
+    x: Tensor, k: int, generator: torch.Generator, power_iterations: int = POWER_ITERATIONS
+) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, k), S (k,), V (n, k) of the k largest singular values of x (m, n), by randomized subspace iteration."""
     if 2 * (k + OVERSAMPLING) >= min(x.shape):
         u, s, vt = torch.linalg.svd(x, full_matrices=False)
         return u[:, :k], s[:k], vt[:k].T
     probe = torch.randn(x.shape[1], k + OVERSAMPLING, generator=generator).to(x.device)
     q = torch.linalg.qr(x @ probe).Q
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(power_iterations):
         q = torch.linalg.qr(x @ torch.linalg.qr(x.T @ q).Q).Q
     u, s, vt = torch.linalg.svd(q.T @ x, full_matrices=False)
     return (q @ u)[:, :k], s[:k], vt[:k].T
@@ -51,6 +53,12 @@ def rank_constrained_regression(a: Tensor, basis: Basis, k: int, generator: torc
     root = s.sqrt()
     right = torch.linalg.solve_triangular(basis.chol, (v * root).T, upper=False, left=False)
     return u * root, right
+
+
+def starting_right(a: Tensor, basis: Basis, k: int, generator: torch.Generator, rotate: bool) -> Tensor:
+    """R (k, n) that LPLR starts from: the regression's, its dimensions mixed at random if wanted."""
+    left, right = rank_constrained_regression(a, basis, k, generator)
+    return rotated(left, right, generator)[1] if rotate else right
 
 
 def rotated(left: Tensor, right: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -86,12 +94,19 @@ class Regression:
 
 
 def lplr(
-    a: Tensor, right: Tensor, basis: Basis, quantizers: tuple, iterations: int, what: str, start: tuple | None = None
+    a: Tensor,
+    right: Tensor,
+    basis: Basis,
+    quantizers: tuple,
+    iterations: int,
+    what: str,
+    start: tuple | None = None,
+    jitters: list | None = None,
 ) -> tuple[Factor, Factor]:
     """Rounded L^T (k, m) and R (k, n) near A (m, n), alternating from R (k, n): each is solved for, then rounded.
 
     L <- round(A H R^T (R H R^T)^-1), R <- round((L^T L)^-1 L^T A) (Saha et al. 2023). The best pair met is returned;
-    `start`, a pair that exists already, is one of those.
+    `start`, a pair that exists already, is one of those. Damping that a solve needs is noted in `jitters`.
     """
     (q_left, q_right), problem, found = quantizers, Regression(a, basis), None
     factor = Factor.round(right, q_right) if start is None else start[1]
@@ -99,9 +114,10 @@ def lplr(
     if start is not None:
         found = (problem.loss(start[0].values.T, *products), *start)
     for _ in range(iterations):
-        left = Factor.round(solve_gram(products[1], products[0].T, what), q_left)
+        left = Factor.round(solve_gram(products[1], products[0].T, what, jitters), q_left)
         found = _better(found, problem.loss(left.values.T, *products), left, factor)
-        factor = Factor.round(solve_gram(left.values @ left.values.T, left.values @ a, what), q_right)
+        solved = solve_gram(left.values @ left.values.T, left.values @ a, what, jitters)
+        factor = Factor.round(solved, q_right)
         products = problem.products(factor.values)
         found = _better(found, problem.loss(left.values.T, *products), left, factor)
     return found[1], found[2]

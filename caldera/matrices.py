@@ -114,7 +114,8 @@ class Products(TorchFunctionMode):
         if (place := _PRODUCTS.get(function)) is None:
             return function(*args, **kwargs)
         x, weight = (_operand(args, kwargs, at) for at in place)
-        name = self.names.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+        plain = isinstance(weight, Tensor) and weight.dim() == 2  # a stack of experts begins where its first one does
+        name = self.names.get(weight.data_ptr()) if plain else None
         y = partial(function, *args, **kwargs)
         instead = None if name is None else self.seen(name, x, y)
         return y() if instead is None else instead
@@ -122,7 +123,11 @@ class Products(TorchFunctionMode):
 
 def watch(watched: Iterable[Matrix], note: Callable[[str, Tensor], None]) -> Products:
     """A context in which `note(name, x)` hears of the input x (..., n) of every product with a watched matrix."""
-    return Products(watched, lambda name, x, _: note(name, x))
+
+    def seen(name: str, x: Tensor, _y) -> None:
+        note(name, x)
+
+    return Products(watched, seen)
 
 
 def _operand(args: tuple, kwargs: dict, place: tuple[int, str]) -> Tensor | None:

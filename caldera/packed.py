@@ -104,9 +104,9 @@ class PackedMatrix:
         return {key[2:]: t for key, t in self.tensors.items() if key.startswith(f"{prefix}_")}
 
     def _blocks_of_q(self) -> Iterator[Tensor]:
-        """Q in float32, a few rows at a time. Eight rows end at a whole byte, whatever the width of a code."""
+        """Q in float32, a few rows at a time."""
         name, rows, columns = self.spec._parts()["q"]
-        tensors, step = self._tensors_of("q"), max(8, BLOCK // columns // 8 * 8)
+        tensors, step = self._tensors_of("q"), get_quantizer(name).block_rows(rows, BLOCK // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             # one scale for all rows stays as it is; all else is in the order of rows, and divides evenly among them

@@ -43,6 +43,10 @@ class Calibration:
         """Tokens that each group saw."""
         return {g["name"]: g["tokens"] for g in self.manifest["blocks"][block]["groups"]}
 
+    def filled_up(self, block: int) -> set[str]:
+        """Groups of experts that saw fewer tokens than they are wide."""
+        return {g["name"] for g in self.manifest["blocks"][block]["groups"] if g["filled_up"]}
+
     def moments(self, block: int) -> dict[str, Tensor]:
         """H (n, n) float32 of each group of a block."""
         return load_file(self.directory / _moments_file(block))

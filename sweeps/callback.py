@@ -44,10 +44,7 @@ class SweepCallback(Callback):
         print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        try:
-            show(Path(self.points[0].config["results"]))
-        except RecordError as error:
-            print(f"caldera-run: {error}", file=sys.stderr)
+        show(Path(self.points[0].config["results"]))
         failed = [
             name for name, record in ((p.name, _record(p)) for p in self.points) if record.get("status") != "done"
         ]
@@ -63,7 +60,10 @@ def _record(point: Point) -> dict:
 
 
 def show(results: Path) -> None:
-    """The table and the picture of a results folder."""
+    """The table and the picture of a results folder; a line that says why when there is nothing to draw."""
     from analysis.frontier import report
 
-    report(results)
+    try:
+        report(results)
+    except RecordError as error:
+        print(f"caldera-run: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """A model's linear layers decomposed block by block into a packed checkpoint."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -7,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from caldera import Basis, Decomposition, Method, decompose, prepare
+from caldera import Basis, Decomposition, Method, decompose, predict_error, prepare
 from caldera.blocks import covered, decoder_blocks, named_matrices
 from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
 from caldera.matrices import Matrix
@@ -49,39 +50,53 @@ def compress(
             packed.append(d.packed)
             summaries.append(summary(d) | facts)
         write_matrices(target, block_file(index), packed)
+        _name_few_tokens(summaries[len(summaries) - len(packed) :], progress)
         progress(index + 1, len(blocks))
+    if left := sorted(set(layers) - {s["name"] for s in summaries}):
+        progress.reporter.say(f"  warning: not compressed, as no calibration token reaches them: {', '.join(left)}")
     write_rest(target, model.state_dict(), covered(model, {s["name"] for s in summaries}), dtype)
     write_manifest(target, {"method": vars(fit.method)})
     return summaries
+
+
+def _name_few_tokens(summaries: list[dict], progress: Stage) -> None:
+    if few := [f"{s['name']} ({s['tokens']})" for s in summaries if s["few_tokens"]]:
+        progress.reporter.say(
+            "  warning: experts with fewer tokens than inputs are fitted to the other experts' tokens too; raise"
+            f" calibration.sequences: {', '.join(few)}"
+        )
 
 
 def compress_block(
     layers: dict[str, Matrix], block: str, inputs: Inputs, index: int, fit: Fit, at: Callable
 ) -> Iterator[tuple[Decomposition, dict]]:
     """Decompositions of a block's matrices, and what else a record says of each; a group shares one basis."""
-    for stage in inputs.stages(index):
-        for given in stage:
-            members = [name for name in given.group.members if f"{block}.{name}" in layers]
-            if not members:
-                continue
-            at(f"{block}.{given.group.name}")
-            basis = _basis(f"{block}.{given.group.name}", given, fit.method)
-            for name in members:
-                at(f"{block}.{name}")
-                start = time.perf_counter()
-                weight = layers[f"{block}.{name}"].read().to(fit.device, torch.float32)
-                d = decompose(
-                    given.target(name, weight), given.moments, fit.method, name=f"{block}.{name}", basis=basis
-                )
-                approximation = d.dequantize()
-                inputs.install(name, approximation)
-                error = given.output_error(weight, approximation)
-                facts = {"tokens": given.tokens, "output_error": d.relative_error if error is None else error}
-                yield d, facts | {"seconds": time.perf_counter() - start}
+    for given in itertools.chain.from_iterable(inputs.stages(index)):
+        members = [name for name in given.group.members if f"{block}.{name}" in layers]
+        if not members:
+            continue
+        at(f"{block}.{given.group.name}")
+        basis = prepare(given.moments, name=f"{block}.{given.group.name}", **fit.method.basis_options)
+        for name in members:
+            at(f"{block}.{name}")
+            weight = layers[f"{block}.{name}"].read().to(fit.device, torch.float32)
+            found, facts = _compress_matrix(weight, given, name, f"{block}.{name}", basis, fit.method)
+            inputs.install(name, found.dequantize())
+            yield found, facts
 
 
-def _basis(name: str, given: Given, method: Method) -> Basis:
-    return prepare(given.moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
+def _compress_matrix(
+    weight: Tensor, given: Given, name: str, full: str, basis: Basis, method: Method
+) -> tuple[Decomposition, dict]:
+    start = time.perf_counter()
+    wanted = given.target(name, weight)
+    found = decompose(wanted, given.moments, method, name=full, basis=basis)
+    seconds = time.perf_counter() - start
+    predicted = predict_error(wanted, given.moments, method, name=full, basis=basis)
+    error = given.output_error(weight, found.dequantize())
+    error = found.relative_error if error is None else error
+    errors = {"predicted_error": predicted, "output_error": error}
+    return found, {"tokens": given.tokens, "few_tokens": given.few, "seconds": seconds} | errors
 
 
 def summary(d: Decomposition) -> dict:
@@ -89,5 +104,6 @@ def summary(d: Decomposition) -> dict:
     spec = d.spec
     axes = {"shape": list(spec.shape), "rank": spec.rank, "q": spec.q, "l": spec.l, "r": spec.r}
     bits = {"nominal_bits": d.nominal_bits, "stored_bits": d.stored_bits, "stored_bytes": d.stored_bytes}
-    fit = {"relative_error": d.relative_error, "trace": d.trace, "sigma": d.sigma}
-    return {"name": spec.name} | axes | bits | fit
+    fit = {"relative_error": d.relative_error, "trace": d.trace}
+    numerics = {"sigma": d.sigma, "jitters": d.jitters, "init_rank": d.init_rank}
+    return {"name": spec.name} | axes | bits | fit | numerics

@@ -27,8 +27,17 @@ class Given:
     group: InputGroup
     moments: Tensor
     tokens: int
+    few: bool = False  # an expert that saw too few tokens: its moments are filled up with its fellows'
     target: Callable[[str, Tensor], Tensor] = lambda _name, weight: weight
     output_error: Callable[[Tensor, Tensor], float | None] = lambda _weight, _approximation: None
+
+
+def as_original(
+    calibration: Calibration, index: int, groups: list[InputGroup], moments: dict[str, Tensor], device: torch.device
+) -> list[Given]:
+    """Groups of block `index` with the original model's moments."""
+    tokens, few = calibration.tokens(index), calibration.filled_up(index)
+    return [Given(g, moments[g.name].to(device), tokens[g.name], g.name in few) for g in groups]
 
 
 class Original:
@@ -39,8 +48,8 @@ class Original:
 
     def stages(self, index: int) -> Iterator[list[Given]]:
         """All groups of a block at once."""
-        moments, tokens = self.calibration.moments(index), self.calibration.tokens(index)
-        yield [Given(g, moments[g.name].to(self.device), tokens[g.name]) for g in self.calibration.groups(index)]
+        groups, moments = self.calibration.groups(index), self.calibration.moments(index)
+        yield as_original(self.calibration, index, groups, moments, self.device)
 
     def install(self, name: str, weight: Tensor) -> None:
         """Nothing here depends on what was compressed."""
@@ -69,7 +78,7 @@ class CorrectedPrefix:
         """The groups that run side by side, in the order in which they run."""
         self.index, self.block = index, copy.deepcopy(self.blocks[index])
         groups, self.moments = self.calibration.groups(index), self.calibration.moments(index)
-        self.tokens, self.writers = self.calibration.tokens(index), self.calibration.residual_writers(index)
+        self.writers = self.calibration.residual_writers(index)
         before = self.calibration.hidden(index).to(self.stream.hidden[0])
         # (length, width) a row: what the compressed residual stream lacks
         self.lack = [(x - y[0]).float() for x, y in zip(before, self.stream.hidden)]
@@ -83,9 +92,10 @@ class CorrectedPrefix:
         matrices(self.block)[name].write(weight)
 
     def _original_inputs(self, stream: Stream, groups: list[InputGroup]) -> dict[str, list[Tensor]]:
-        """What each group receives in the original, (length, n) a row; groups that run otherwise are left out."""
+        """What each group receives in the original, (length, n) a row; those that miss a token are left out."""
         found = self._record(self.blocks[self.index], stream, [g for g in groups if not g.expert])
-        return {name: rows for name, rows in found.items() if len(rows) == len(self.rows)}
+        lengths = [self.rows.shape[1]] * len(self.rows)
+        return {name: rows for name, rows in found.items() if [len(x) for x in rows] == lengths}
 
     def _record(self, block: nn.Module, stream: Stream, groups: list[InputGroup]) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {g.name: [] for g in groups}
@@ -103,8 +113,7 @@ class CorrectedPrefix:
 
     def _stage(self, stage: list[InputGroup]) -> Iterator[list[Given]]:
         if any(g.name not in self.inputs for g in stage):
-            device = self.stream.hidden[0].device
-            yield [Given(g, self.moments[g.name].to(device), self.tokens[g.name]) for g in stage]
+            yield as_original(self.calibration, self.index, stage, self.moments, self.stream.hidden[0].device)
             return
         received = self._record(self.block, self.stream, stage)
         yield [self._given(g, received[g.name]) for g in stage]
@@ -132,6 +141,6 @@ class CorrectedPrefix:
             group,
             seen,
             moments.tokens,
-            lambda name, weight: target.of(weight, name in self.writers),
-            lambda weight, approximation: output_error(weight, approximation, original, cross, seen),
+            target=lambda name, weight: target.of(weight, name in self.writers),
+            output_error=lambda weight, approximation: output_error(weight, approximation, original, cross, seen),
         )

@@ -10,7 +10,7 @@ from filelock import FileLock
 from caldera.errors import CalderaError
 from caldera.files import write_json
 from sweeps import record as records
-from sweeps.plan import Point, axes
+from sweeps.plan import Point, axes, uncompressed_axes
 from sweeps.progress import Reporter, log_file, logger
 from sweeps.store import read_json
 from sweeps.trackers import track
@@ -54,6 +54,8 @@ def _commit(point: Point, record: dict, folder: Path) -> None:
 
 
 def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
+    if point.method is None:
+        return _cached_baseline(point, reporter)
     baseline = run_baseline(point, reporter)
     matrices = _compress(point, reporter, folder / "checkpoint")
     with reporter.stage("load"):
@@ -72,6 +74,15 @@ def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
 
 def run_baseline(point: Point, reporter: Reporter) -> dict:
     """The uncompressed model's record: evaluated once, kept in the cache, copied to every results folder."""
+    record, folder = _cached_baseline(point, reporter), point.folder(point.baseline_name)
+    copy = folder / "record.json"
+    if not copy.is_file() or read_json(copy)["status"] != "done":
+        _commit(point, record, folder)
+    return record
+
+
+def _cached_baseline(point: Point, reporter: Reporter) -> dict:
+    """The uncompressed model's record under the point's names."""
     cached = point.cache / "baselines" / f"{point.baseline_key}.json"
     cached.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cached}.lock"):
@@ -80,10 +91,6 @@ def run_baseline(point: Point, reporter: Reporter) -> dict:
     record = read_json(cached)
     record |= {"sweep": point.config["sweep"], "name": point.baseline_name, "config": point.config}
     record["point"] |= {"model": point.config["model"]["name"]}
-    copy = point.folder(point.baseline_name) / "record.json"
-    if not copy.is_file():
-        write_json(copy, record)
-        track(record, point.config["tracker"], Path(point.config["results"]))
     return record
 
 
@@ -93,9 +100,7 @@ def _baseline(point: Point, reporter: Reporter) -> dict:
     with own.stage("load"):
         model = _base_model(point.checkpoint, point.dtype, point.config["model"]["trust_remote_code"]).to(point.device)
     metrics = _evaluate(point, own, model)
-    nothing = dict.fromkeys(("q", "l", "r", "rank", "q_bits", "l_bits", "r_bits", "budget_bits"))
-    name = {"model": point.config["model"]["name"], "method": "none", "seed": point.method.seed}
-    record = records.skeleton(point.baseline_name, point.baseline_key, point.config, name | nothing, "done")
+    record = records.skeleton(point.baseline_name, point.baseline_key, point.config, uncompressed_axes(point), "done")
     width = 8.0 * _dtype(point).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     compressed = sum(math.prod(shape) for shape in point.inventory.values())

@@ -9,10 +9,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from caldera.correction import Correction
-from caldera.decompose import Method
 from caldera.errors import UserError
 from caldera.files import write_json
 from caldera.matrices import chosen
+from caldera.method import Method
 from caldera.quantizers import HALVES, get_quantizer
 from sweeps.evaluate import check_tasks
 from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
@@ -22,6 +22,7 @@ from sweeps.texts import text_digest
 from sweeps.trackers import check_tracker
 from sweeps.wording import known_keys
 
+CODELESS = (*HALVES, "none")  # families that have neither bits nor scales to choose
 FIT_VERSION = 2  # counts up when the same settings give another checkpoint
 
 
@@ -30,7 +31,7 @@ class Point:
     """A run, ready to go. Keys are hashes of exactly what a stage depends on."""
 
     config: dict
-    method: Method
+    method: Method | None  # None: the point is the uncompressed model
     correction: Correction | None  # None: the original model's inputs
     checkpoint: Path  # the uncompressed model
     tokenizer: str  # digest
@@ -43,6 +44,8 @@ class Point:
 
     @property
     def key(self) -> str:
+        if self.method is None:
+            return self.baseline_key
         fit = asdict(self.method) | ({} if self.method.rank else {"l": None, "r": None})
         corrected = self.correction and asdict(self.correction)
         names = sorted(self.inventory)
@@ -61,6 +64,8 @@ class Point:
     @property
     def name(self) -> str:
         """Readable, and unique by the key."""
+        if self.method is None:
+            return self.baseline_name
         m = self.method
         factors = [f"l_{m.l}", f"r_{m.r}"] if m.rank else []
         parts = [self.config["model"]["name"], self.config["method"]["name"], f"r{m.rank}", m.q, *factors]
@@ -99,8 +104,9 @@ def resolve(cfg: DictConfig) -> Point:
     source = _source(config["model"])
     directory = checkpoint_dir(source, cache)
     shapes = _chosen(inventory(directory, cache, source.trust_remote_code), config["model"])
-    method = _fitted(method, config, shapes)
-    _check_rank(method.rank, shapes)
+    if method is not None:
+        method = _fitted(method, config, shapes)
+        _check_rank(method.rank, shapes)
     device, dtype = placement(config["compute"])
     model_key = fingerprint(directory, cache)
     keys = {"moments_key": _moments_key(config, model_key, dtype), "evaluation_key": _evaluation_key(config, dtype)}
@@ -140,18 +146,24 @@ def _check_numbers(config: dict) -> None:
             raise UserError(f"{field}={value} must be at least {least}")
 
 
-def _method(config: dict) -> Method:
+def _method(config: dict) -> Method | None:
+    """The method, of rank 0 where a budget is to choose the rank; None for the uncompressed model."""
     settings = {f.name: config["method"][f.name] for f in fields(Method) if f.name in config["method"]}
     names = {part: quantizer_name(part, config[part]) for part in "qlr"}
     rank, bits = config["rank"]["k"], config["budget"]["bits"]
+    if config["method"]["name"] == "none":
+        return None
     if rank is not None and rank < 0:
         raise UserError(f"rank.k={rank} must be a whole number of at least 0")
     if bits is not None and rank:
-        raise UserError(f"rank.k={rank} and budget.bits={bits} are both set: leave rank.k=0 for a budget to choose it")
+        raise UserError(f"rank.k={rank} and budget.bits={bits} are both set: set rank.k=0 for a budget to choose it")
     if rank is None and bits is None:
         raise UserError("rank.k is null and no budget is set: give rank.k=... or budget=uniform budget.bits=...")
+    least = int(bits is not None and names["q"] == "none")  # without a backbone a budget has to buy some rank
+    if names["q"] == "none" and not (rank or least):
+        raise UserError(f"rank.k={rank} with q.family=none leaves nothing of the matrices: set rank.k or quantizer@q")
     try:
-        return Method(rank=rank or 0, seed=config["seed"], **names, **settings)
+        return Method(rank=rank or least, seed=config["seed"], **names, **settings)
     except UserError as error:
         raise UserError(f"method.{error}") from error
 
@@ -161,7 +173,7 @@ def _correction(settings: dict) -> Correction | None:
     if settings["inputs"] not in ("original", "corrected"):
         raise UserError(f"method.inputs={settings['inputs']!r} must be original or corrected")
     names = {"correction": "strength", "correction_last": "strength_last", "correction_sigma": "sigma"}
-    names |= {"residual": "residual", "residual_last": "residual_last"}
+    names |= {"residual": "residual", "residual_last": "residual_last", "correction_preserve": "preserve"}
     try:
         correction = Correction(**{field: settings[key] for key, field in names.items()})
     except UserError as error:
@@ -184,11 +196,14 @@ def _chosen(shapes: dict[str, list[int]], model: dict) -> dict[str, list[int]]:
 def quantizer_name(part: str, settings: dict) -> str:
     """Name of the quantizer that a config node describes. Raises UserError naming the node."""
     family, bits, scale = settings["family"], settings["bits"], settings["scale"]
-    if family in HALVES and bits != 16:
-        raise UserError(f"{part}.bits={bits}: {family} has 16 bits; leave bits out or choose another family")
-    name = family if family in HALVES else f"{family}_{bits}bit" + ("" if scale == "matrix" else f"_{scale}")
+    if family == "none" and part != "q":
+        raise UserError(f"{part}.family=none: a factor needs a quantizer; rank.k=0 leaves both factors out")
+    if family in CODELESS and bits != 16:
+        has = "no" if family == "none" else "16"
+        raise UserError(f"{part}.bits={bits}: {family} has {has} bits; leave bits out or choose another family")
+    name = family if family in CODELESS else f"{family}_{bits}bit" + ("" if scale == "matrix" else f"_{scale}")
     try:
-        get_quantizer(name)
+        name == "none" or get_quantizer(name)
     except UserError as error:
         raise UserError(f"{part}: {error}") from error
     return name
@@ -210,10 +225,11 @@ def _fitted(method: Method, config: dict, shapes: dict[str, list[int]]) -> Metho
     bits = config["budget"]["bits"]
     if bits is None:
         return method
-    least, most = _stored_bits(method, 0, shapes), min(min(s) for s in shapes.values())
+    low, high = method.rank, min(min(s) for s in shapes.values())
+    least = _stored_bits(method, low, shapes)
     if least > bits:
-        raise UserError(f"budget.bits={bits} is below the {least:.3f} bits that {method.q} takes alone: raise it")
-    low, high = 0, most
+        alone = f"rank {low} takes" if low else f"{method.q} takes alone"
+        raise UserError(f"budget.bits={bits} is below the {least:.3f} bits that {alone}: raise it")
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if _stored_bits(method, middle, shapes) <= bits else (low, middle - 1)
@@ -271,7 +287,7 @@ def placement(compute: dict) -> tuple[str, str]:
 
 def _moments_key(config: dict, model_key: str, dtype: str) -> str:
     c = config["calibration"]
-    return digest([2, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
+    return digest([3, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
 
 
 def _evaluation_key(config: dict, dtype: str) -> str:
@@ -283,10 +299,18 @@ def _evaluation_key(config: dict, dtype: str) -> str:
 
 def axes(point: Point) -> dict:
     """What distinguishes the point, flat: the columns that people plot against."""
+    if point.method is None:
+        return uncompressed_axes(point)
     m, config = point.method, point.config
-    factors = (m.l, m.r) if m.rank else (None, None)
-    bits = {f"{part}_bits": None if name is None else get_quantizer(name).bits for part, name in zip("lr", factors)}
+    parts = {"q": m.q, "l": m.l if m.rank else "none", "r": m.r if m.rank else "none"}
+    quantizers = {part: None if name == "none" else name for part, name in parts.items()}
+    bits = {f"{part}_bits": name and get_quantizer(name).bits for part, name in quantizers.items()}
     names = {"model": config["model"]["name"], "method": config["method"]["name"], "rank": m.rank}
-    quantizers = {"q": m.q, "l": factors[0], "r": factors[1], "q_bits": get_quantizer(m.q).bits} | bits
     text = {"calibration_tokens": config["calibration"]["sequences"] * config["calibration"]["length"]}
-    return names | quantizers | text | {"budget_bits": config["budget"]["bits"], "seed": m.seed}
+    return names | quantizers | bits | text | {"budget_bits": config["budget"]["bits"], "seed": m.seed}
+
+
+def uncompressed_axes(point: Point) -> dict:
+    """The axes of the uncompressed model, to which most do not apply."""
+    nothing = dict.fromkeys(("q", "l", "r", "rank", "q_bits", "l_bits", "r_bits", "budget_bits"))
+    return {"model": point.config["model"]["name"], "method": "none", "seed": point.config["seed"]} | nothing

@@ -37,7 +37,10 @@ class CalibrationConfig:
 
 @dataclass
 class QuantizerConfig:
-    """`family` at `bits`; `scale` says what shares a scale: matrix, row, or g<columns> of a row. 16-bit: no bits."""
+    """`family` at `bits`; `scale` says what shares a scale: matrix, row, or g<columns> of a row.
+
+    The 16-bit families, and `none` for Q, have no bits to choose.
+    """
 
     family: str = MISSING
     bits: int = 16
@@ -62,8 +65,8 @@ class BudgetConfig:
 class MethodConfig:
     """The fields of `caldera.Method` that are neither axes nor the seed, its name for records, and the inputs.
 
-    `inputs`: `original`, the original model's, or `corrected`, those behind the compressed prefix, with the strengths
-    and the damping of `caldera.correction.Correction`.
+    The name `none` stands for the uncompressed model. `inputs`: `original`, the original model's, or `corrected`, those
+    behind the compressed prefix, with the strengths and the damping of `caldera.correction.Correction`.
     """
 
     name: str = MISSING
@@ -77,12 +80,18 @@ class MethodConfig:
     sigma: float = 3e-3
     tolerance: float = 1e-4
     patience: int = 3
+    moments: str = "measured"  # or identity: the fit takes H = I
+    init: str = "zero"  # or svd, whitened, odlri: factors before the first step
+    init_rank: int | str | None = None  # dimensions that they take at most; auto: SRR's criterion; null: all
+    init_channels: int = 16  # odlri: how many inputs of largest moments
+    downdate: bool = False
     inputs: str = "original"
     correction: float = 0.3
     correction_last: float | None = None
     residual: float = 0.3
     residual_last: float | None = None
     correction_sigma: float = 1e-2
+    correction_preserve: bool = True
 
 
 @dataclass

@@ -14,12 +14,14 @@ from caldera.quantizers.base import Codebook, Quantizer, Scales, TensorSpec
 from caldera.quantizers.e8p import CODEBOOKS as E8P_CODEBOOKS
 from caldera.quantizers.half import Half
 from caldera.quantizers.scalar import ScalarCodebook, normal_float_levels, uniform_levels
+from caldera.quantizers.trellis import CODEBOOKS as TRELLIS_CODEBOOKS
 
 # family -> bits -> codebook
 FAMILIES: dict[str, dict[int, Codebook]] = {
     "e8p": E8P_CODEBOOKS,
     "uniform": {b: ScalarCodebook(b, uniform_levels) for b in range(1, 9)},
     "uniform_asym": {b: ScalarCodebook(b, uniform_levels) for b in range(1, 9)},
+    "trellis": TRELLIS_CODEBOOKS,
     "nf": {b: ScalarCodebook(b, normal_float_levels) for b in range(2, 9)},
 }
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,9 +15,14 @@ from caldera.packing import pack, packed_bytes, unpack
 
 
 class Codebook(Protocol):
-    """Points that vectors of `group` unit-scale values are rounded to; `bits` of code for each value."""
+    """Points that vectors of `group` unit-scale values are rounded to; `bits` of code for each value.
+
+    A `sequential` one (group 1) rounds the values of a column together: `encode` and `decode` then take one column, and
+    there are `encode_columns` and `decode_columns` for matrices.
+    """
 
     group: int
+    sequential: bool
     bits: float
     gaussian_scale: float  # best standard deviation of the values that are rounded, in units of the codebook
     gaussian_mse: float  # mean squared error on a unit Gaussian at that scale
@@ -113,20 +118,35 @@ class Quantizer:
         m, n = x.shape
         scale, zero = self.columns(scales, n)
         z = torch.where(scale > 0, (x - zero) / scale, 0.0)
+        if self.codebook.sequential:
+            return nearest_columns(self.codebook, z)
         z = torch.nn.functional.pad(z, (0, -n % self.group)).reshape(-1, self.group)
         return nearest(self.codebook, z).reshape(self._code_shape(m, n))
 
     def decode(self, codes: Tensor, scales: Scales, n: int) -> Tensor:
         """Values float32 (m, n) of codes (m, ceil(n / group))."""
-        m = codes.shape[0]
         scale, zero = self.columns(scales, n)
-        values = self.codebook.decode(codes.reshape(-1)).reshape(m, -1)[:, :n] * scale
-        return values if self.symmetric else values + zero
+        if self.codebook.sequential:
+            values = self.codebook.decode_columns(codes)
+        else:
+            values = self.codebook.decode(codes.reshape(-1)).reshape(codes.shape[0], -1)[:, :n]
+        return values * scale if self.symmetric else values * scale + zero
+
+    def block_rows(self, m: int, wanted: int) -> int:
+        """About how many of m rows may be unpacked apart: any block of so many, from a multiple of it, and the rest.
+
+        Eight rows end at a whole byte, whatever the width of a code.
+        """
+        return self.codebook.block_rows(m) if self.codebook.sequential else max(8, wanted // 8 * 8)
 
     def round(self, x: Tensor) -> Tensor:
         """x (m, n) fitted, encoded and decoded: the nearest storable matrix, without error feedback."""
         scales = self.fit(x)
         return self.decode(self.encode(x, scales), scales, x.shape[1])
+
+    def rescaled(self, codes: Tensor, scales: Scales, factor: float, what: str) -> tuple[Tensor, Scales]:
+        """Codes and scales of the values times a power of 2, which costs no bit."""
+        return codes, Scales(*(None if t is None else t * factor for t in scales))
 
     def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
         """The stored tensors, exactly as `layout` declares them."""
@@ -155,4 +175,17 @@ def nearest(codebook: Codebook, z: Tensor) -> Tensor:
 
     codes = torch.empty(z.shape[0], dtype=torch.int64)
     over_rows(_kernels.encode, z.shape[0], z.contiguous().numpy(), book, codes.numpy())
+    return codes
+
+
+def nearest_columns(codebook: Codebook, z: Tensor) -> Tensor:
+    """Codes int64 (m, n) of a sequential codebook for the columns of z (m, n), compiled where possible."""
+    book = compiled(codebook, z)
+    if book is None:
+        return codebook.encode_columns(z)
+    from caldera.quantizers import _trellis
+
+    codes = torch.empty(z.shape, dtype=torch.int64)
+    edges = codebook.edges(z.shape[0])
+    over_rows(_trellis.encode, z.shape[0], z.contiguous().numpy(), book, codes.numpy(), edges=edges)
     return codes

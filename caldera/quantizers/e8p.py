@@ -182,6 +182,7 @@ class E8P:
     gaussian_mse: float
     residual: float = 1.0
     group = 8
+    sequential = False
 
     def encode(self, z: Tensor) -> Tensor:
         z = z.clamp(-1e6, 1e6)  # far outside the table already; keeps squares finite and parities exact

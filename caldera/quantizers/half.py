@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from caldera.devices import read
+from caldera.errors import NumericalError
 from caldera.quantizers.base import Scales, TensorSpec
 
 
@@ -18,6 +20,7 @@ class Half:
     bits = 16.0
     granularity = 0
     symmetric = True
+    sequential = False
 
     @property
     def codebook(self) -> "Half":
@@ -54,9 +57,20 @@ class Half:
     def kernel(self) -> None:
         return None
 
+    def block_rows(self, m: int, wanted: int) -> int:
+        return max(1, wanted)
+
     def round(self, x: Tensor) -> Tensor:
         scales = self.fit(x)
         return self.decode(self.encode(x, scales), scales)
+
+    def rescaled(self, codes: Tensor, scales: Scales, factor: float, what: str) -> tuple[Tensor, Scales]:
+        """Codes of the values times a power of 2. Raises NumericalError naming `what` when they leave the range."""
+        values, info = self.decode(codes, scales) * factor, torch.finfo(self.dtype)
+        largest = read(values.abs().max())
+        if largest > info.max or 0 < largest < info.smallest_normal:
+            raise NumericalError(f"{what}: {self.name} cannot hold values of {largest:.3g}; choose bf16")
+        return self.encode(values, scales), scales
 
     def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
         return {"codes": codes.to(torch.int16).view(self.dtype)}

@@ -53,6 +53,7 @@ class ScalarCodebook:
     bits: int
     make: Callable[[int], np.ndarray]
     group = 1
+    sequential = False
 
     @cached_property
     def levels(self) -> np.ndarray:

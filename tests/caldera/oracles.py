@@ -189,3 +189,46 @@ def dense_regression(a: Tensor, moments: Tensor, rank: int) -> float:
     values, vectors = torch.linalg.eigh(moments.double())
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     return float(torch.linalg.svdvals(a.double() @ root)[rank:].norm())
+
+
+def dense_product(a: Tensor, moments: Tensor, rank: int, sigma: float) -> Tensor:
+    """L R (m, n) float64 of rank k that minimises ||(A - L R) (H + s I)^(1/2)||_F, s = sigma mean(diag H)."""
+    h = moments.double()
+    h = h + sigma * h.diagonal().mean() * torch.eye(h.shape[0], dtype=h.dtype)
+    values, vectors = torch.linalg.eigh(h)
+    root, inverse = (vectors * values**p @ vectors.T for p in (0.5, -0.5))
+    u, s, vt = torch.linalg.svd(a.double() @ root, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank] @ inverse
+
+
+def kept_channels(moments: Tensor, count: int) -> Tensor:
+    """H (n, n) with zeros outside the rows and columns of the `count` largest diagonal entries."""
+    found, kept = torch.zeros_like(moments), sorted(range(len(moments)), key=lambda i: -float(moments[i, i]))[:count]
+    for i in kept:
+        found[i, kept] = moments[i, kept]
+    return found
+
+
+def best_left(a: Tensor, moments: Tensor, right: Tensor) -> Tensor:
+    """L (m, k) float64 that minimises tr((A - L R) H (A - L R)^T), by least squares against a root of H."""
+    values, vectors = torch.linalg.eigh(moments.double())
+    root = vectors * values.clamp(min=0).sqrt()
+    return torch.linalg.lstsq((right.double() @ root).T, (a.double() @ root).T).solution.T
+
+
+def downdated_by_definition(moments: Tensor, right: Tensor) -> Tensor:
+    """H - H R^T (R H R^T)^-1 R H, in float64."""
+    h, r = moments.double(), right.double()
+    return h - h @ r.T @ torch.linalg.solve(r @ h @ r.T, r @ h)
+
+
+def split_by_force(weight: Tensor, moments: Tensor, rank: int, generator: torch.Generator) -> list[float]:
+    """SRR's criterion rho_k(W C) rho_(rank - k)(E C) for k = 0..rank, squared, from dense spectra."""
+    chol = torch.linalg.cholesky(moments.double())
+    error = torch.randn(weight.shape, generator=generator).double()
+    kept, lost = (torch.linalg.svdvals(x.double() @ chol).square() for x in (weight, error))
+
+    def rho(spectrum: Tensor, p: int) -> float:
+        return float(spectrum[p:].sum() / spectrum.sum())
+
+    return [rho(kept, k) * rho(lost, rank - k) for k in range(rank + 1)]

@@ -102,6 +102,10 @@ def test_rounding_with_feedback_stays_on_the_device(q, n, fake, monkeypatch):
         (24, 20, {"rank": 4, "l": "bf16", "r": "e8p_2bit", "order": "q_first"}),
         (24, 20, {"rank": 4, "q": "none", "l": "bf16", "r": "bf16"}),
         (24, 20, {"rank": 4, "transform": False, "rotate": False}),
+        (24, 20, {"rank": 4, "init": "svd", "downdate": True}),
+        (24, 20, {"rank": 4, "init": "odlri", "init_rank": 2, "order": "q_first"}),
+        (24, 20, {"rank": 4, "init": "whitened", "init_rank": "auto"}),
+        (24, 20, {"rank": 4, "moments": "identity", "tune_passes": 1}),
     ],
 )
 def test_decomposition_stays_on_the_device(m, n, settings, fake):

@@ -1,4 +1,4 @@
-"""Blocks, shared inputs and second moments, seen on models of three families without knowing their names."""
+"""Blocks, shared inputs and second moments, seen on models of many families without knowing their names."""
 
 import copy
 
@@ -6,24 +6,29 @@ import pytest
 import torch
 from torch import nn
 
-from caldera.blocks import Stream, decoder_blocks, input_groups
+from caldera.blocks import InputGroup, Stream, decoder_blocks, input_groups
 from caldera.errors import NumericalError, UserError
 from caldera.matrices import matrices
-from caldera.moments import Accumulator, collect
+from caldera.moments import Accumulator, collect, pooled
 from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian
 
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION = [QKV, ("self_attn.o_proj",)]
+LLAMA = [*ATTENTION, ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
+EXPERTS = [(f"mlp.experts.{kind}.{i}",) for kind in ("gate_up_proj", "down_proj") for i in range(4)]
+SHARED = [tuple(f"mlp.shared_expert{k}" for k in (".gate_proj", ".up_proj", "_gate")), ("mlp.shared_expert.down_proj",)]
 GROUPS = {
-    "llama": [
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
-    ],
-    "qwen2": [
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
-    ],
+    "phi3": [("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)],
+    "opt": [QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)],
+    "gpt2": [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
     "neox": [("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)],
-}  # fmt: skip
+    "mixtral": ATTENTION + EXPERTS,
+    "qwen2_moe": ATTENTION + SHARED + EXPERTS,
+    "qwen3_moe": ATTENTION + EXPERTS,
+    "gpt_oss": ATTENTION + EXPERTS,
+}
+BLOCKS = {"neox": "gpt_neox.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
@@ -51,28 +56,12 @@ def block_outputs(model, rows) -> list[torch.Tensor]:
     return outputs
 
 
-def layer_inputs(model, rows) -> dict[str, torch.Tensor]:
-    """(tokens, width) of every linear layer by its full name, in plain forward passes."""
-    inputs = {}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-    def keep(name):
-        return lambda _module, args: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]).clone())
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    with torch.inference_mode():
-        model(rows, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return inputs
-
-
 # --------------------------------------------------------------------------------------------------------------- blocks
 def test_blocks_are_found_whatever_their_name(family):
     name, blocks = decoder_blocks(family[1])
-    assert name == {"neox": "gpt_neox.layers"}.get(family[0], "model.layers")
+    assert name == BLOCKS.get(family[0], "model.layers")
     assert len(blocks) == tiny_models.LAYERS
-    assert set(matrices(blocks[0])) == {member for group in GROUPS[family[0]] for member in group}
+    assert set(matrices(blocks[0])) == {member for group in GROUPS.get(family[0], LLAMA) for member in group}
 
 
 def test_a_model_without_blocks_is_refused():
@@ -134,8 +123,12 @@ def test_shared_inputs_are_seen_without_names(family):
     stream, (_, blocks) = Stream.open(model, tiny_models.token_rows()), decoder_blocks(model)
     for index, block in enumerate(blocks):
         groups = input_groups(block, stream, index)
-        assert sorted(g.members for g in groups) == sorted(GROUPS[name])
-        assert all(g.name == g.members[0] and g.width == matrices(block)[g.name].shape[1] for g in groups)
+        found = matrices(block)
+        assert [g.members for g in groups] == GROUPS.get(name, LLAMA)  # in the order in which they run
+        assert all(g.name == g.members[0] and g.width == found[g.name].shape[1] for g in groups)
+        assert [g.expert for g in groups] == [".experts." in g.name for g in groups]
+        stages = [g.name.rpartition(".")[0] if g.expert else g.name for g in groups]
+        assert [g.stage for g in groups] == stages
         stream.advance(block, index)
 
 
@@ -144,6 +137,48 @@ def test_looking_for_groups_does_not_advance_the_stream(llama):
     before = [h.clone() for h in stream.hidden]
     input_groups(llama.model.layers[0], stream, 0)
     assert all(torch.equal(a, b) for a, b in zip(stream.hidden, before))
+
+
+class Mixture(nn.Module):
+    """Experts with gate and up apart, of which row i reaches number i only, through layers of their own too."""
+
+    def __init__(self, experts: int = 3):
+        super().__init__()
+        self.num_experts = experts
+        self.gate_proj, self.up_proj = (nn.Parameter(gaussian(experts, 6, 8)) for _ in range(2))
+        self.down_proj = nn.Parameter(gaussian(experts, 8, 6))
+        self.own = nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+
+    def forward(self, x):
+        out = x.clone()
+        for i in range(self.num_experts):
+            token = x[:, x[0, :, 0] == i]  # none of the others' tokens: an empty input
+            gate, up = (nn.functional.linear(token, p[i]) for p in (self.gate_proj, self.up_proj))
+            out = out + nn.functional.linear(gate * up, self.down_proj[i]).sum(1, keepdim=True)
+            if token.numel():
+                out = out + self.own[i](token).sum(1, keepdim=True)
+        return out
+
+
+def mixture_stream(rows: int) -> Stream:
+    hidden = [gaussian(1, 5, 8, seed=i) for i in range(rows)]
+    for i, x in enumerate(hidden):
+        x[..., 0] = i
+    return Stream(hidden, [((), {})])
+
+
+def test_experts_without_a_token_are_grouped_as_their_fellows():
+    groups = input_groups(Mixture(), mixture_stream(1), 0)
+    pairs, downs = [(f"gate_proj.{i}", f"up_proj.{i}") for i in range(3)], [(f"down_proj.{i}",) for i in range(3)]
+    assert [g.members for g in groups] == [(*pairs[0], "own.0"), *pairs[1:], *downs]
+    assert {g.stage for g in groups} == {"gate_proj", "down_proj"}
+
+
+def test_layers_that_only_a_later_row_reaches_are_found():
+    groups = input_groups(Mixture(), mixture_stream(2), 0)
+    members = [g.members for g in groups]
+    assert ("gate_proj.0", "up_proj.0", "own.0") in members and ("gate_proj.1", "up_proj.1", "own.1") in members
+    assert ("gate_proj.2", "up_proj.2") in members and not any("own.2" in names for names in members)
 
 
 class Branches(nn.Module):
@@ -170,7 +205,7 @@ def test_collected_moments_are_the_mean_of_x_xt(family):
     """In float64, from inputs captured in plain forward passes: rank-one sums in the definition's order."""
     model, rows = family[1], tiny_models.token_rows(5, 24)
     prefix, blocks = decoder_blocks(model)
-    inputs, stream = layer_inputs(model, rows), Stream.open(model, rows)
+    inputs, stream = tiny_models.plain_inputs(model, rows), Stream.open(model, rows)
     for index, block in enumerate(blocks):
         groups = input_groups(block, stream, index)
         found = collect(block, stream, index, groups, f"{prefix}.{index}")
@@ -178,9 +213,9 @@ def test_collected_moments_are_the_mean_of_x_xt(family):
         for group in groups:
             for member in group.members:
                 x = inputs[f"{prefix}.{index}.{member}"].double()
-                expected = torch.einsum("ti,tj->ij", x, x) / len(x)
-                accumulated, size = found[group.name], float(expected.abs().max())
-                assert accumulated.tokens == 5 * 24
+                expected = torch.einsum("ti,tj->ij", x, x) / max(len(x), 1)
+                accumulated, size = found[group.name], float(expected.abs().max()) or 1.0
+                assert accumulated.tokens == len(x) and (group.expert or len(x) == 5 * 24)
                 torch.testing.assert_close(accumulated.mean().double() / size, expected / size, rtol=0, atol=1e-5)
 
 
@@ -230,3 +265,30 @@ def test_an_activation_that_is_not_finite_names_block_and_layer(llama, bad):
     groups = input_groups(block, stream, 1)
     with pytest.raises(NumericalError, match=r"^model\.layers\.1\.self_attn\.o_proj: its input .* NaN or infinity"):
         collect(block, stream, 1, groups, "model.layers.1")
+
+
+# -------------------------------------------------------------------------------------------------------------- experts
+def test_experts_with_few_tokens_are_filled_up_with_their_fellows():
+    """Up to n tokens with what the stage's experts see on average; layers and experts with enough stay as they are."""
+    n, counts = 6, {"a": 40, "b": 4, "c": 0, "other": 9, "layer": 3}
+    tokens = {name: gaussian(count, n, seed=count) for name, count in counts.items()}
+    stages = {"a": "down", "b": "down", "c": "down", "other": "up", "layer": "layer"}
+    groups = [InputGroup(name, (name,), n, stage, name != "layer") for name, stage in stages.items()]
+    found = {name: Accumulator.zeros(n, torch.device("cpu")) for name in counts}
+    for name, accumulator in found.items():
+        accumulator.add(tokens[name])
+    moments, few = pooled(groups, found)
+    assert few == ["b", "c"]
+    everything = torch.cat([tokens[name] for name in "abc"]).double()
+    average = everything.T @ everything / 44
+    for name, x in tokens.items():
+        expected = x.double().T @ x.double()
+        expected = (expected + (n - len(x)) * average) / n if name in few else expected / len(x)
+        torch.testing.assert_close(moments[name].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.linalg.matrix_rank(moments["b"]) == n == torch.linalg.matrix_rank(moments["c"])
+
+
+def test_without_any_token_there_is_nothing_to_fill_up_with():
+    group = InputGroup("a", ("a",), 4, "down", True)
+    moments, few = pooled([group], {"a": Accumulator.zeros(4, torch.device("cpu"))})
+    assert few == ["a"] and not moments["a"].any()

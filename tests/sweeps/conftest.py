@@ -15,18 +15,29 @@ from sweeps.run import main
 
 
 @pytest.fixture(scope="session")
-def tiny_llama_dir(tmp_path_factory, smollm2_dir) -> Path:
-    """A random two-layer Llama that speaks SmolLM2's tokens; its smallest matrix is 32 x 64."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def saved(tmp_path_factory, smollm2_dir):
+    """saved(config): the folder of a random model of that configuration that speaks SmolLM2's tokens."""
+    from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+    def _saved(config) -> Path:
+        folder = tmp_path_factory.mktemp("models") / "tiny"
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for file in (*smollm2_dir.glob("tokenizer*"), *smollm2_dir.glob("*.jinja")):
+            shutil.copyfile(file, folder / file.name)
+        return folder
+
+    return _saved
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(saved) -> Path:
+    """Two layers; the smallest matrix is 32 x 64."""
+    from transformers import LlamaConfig
+
     sizes = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).save_pretrained(folder)
-    for file in (*smollm2_dir.glob("tokenizer*"), *smollm2_dir.glob("*.jinja")):
-        shutil.copyfile(file, folder / file.name)
-    return folder
+    return saved(LlamaConfig(**sizes, **heads, initializer_range=0.2))
 
 
 @pytest.fixture(scope="session")

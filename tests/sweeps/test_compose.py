@@ -13,7 +13,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import sweeps
-from caldera.decompose import Method
+from caldera import Method, decompose
 from caldera.errors import UserError
 from caldera.quantizers import quantizer_names
 from sweeps.grid import expand
@@ -21,6 +21,7 @@ from sweeps.models import ModelSource
 from sweeps.plan import quantizer_name, resolve
 from sweeps.schema import Config, QuantizerConfig
 from sweeps.wording import sentence
+from tests.caldera.oracles import error_by_definition, gaussian, second_moments
 
 CONF = Path(str(importlib.resources.files("conf")))
 NOT_HYDRA = ("tasks",)  # lm-eval reads these
@@ -29,9 +30,14 @@ OPTIONS = [file for file in FILES if len(file.parts) > 1]
 GROUPS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 
 
+def parts(option: Path) -> str:
+    """The parts of a matrix that a quantizer serves: Q alone may be left out by name."""
+    return "q" if option.stem == "none" else "qlr"
+
+
 def overrides(option: Path) -> list[str]:
     if option.parts[0] == "quantizer":
-        return [f"quantizer@{part}={option.stem}" for part in "qlr"]
+        return [f"quantizer@{part}={option.stem}" for part in parts(option)]
     return [f"{option.parent.as_posix()}={option.stem}"]
 
 
@@ -69,15 +75,16 @@ def test_every_option_composes(option, composed):
     assert missing <= ({"model.path"} if option == Path("model/hf.yaml") else set())
     assert config.hydra.launcher._target_.startswith("hydra_plugins." if option.parts[0] == "hydra" else "hydra.")
     if option.parts[0] == "quantizer":
-        named = [quantizer_name(part, OmegaConf.to_container(config[part])) for part in "qlr"]
-        assert named == [option.stem] * 3
+        named = {quantizer_name(part, OmegaConf.to_container(config[part])) for part in parts(option)}
+        assert named == {option.stem}
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_no_yaml_holds_a_key_that_the_schema_lacks(file):
     data = OmegaConf.to_container(OmegaConf.load(CONF / file)) or {}
     data = {key: value for key, value in data.items() if key not in ("defaults", "hydra")}
-    group = file.parts[0] if len(file.parts) > 1 else "experiment"
+    whole = len(file.parts) == 1 or (CONF / file).read_text().startswith("# @package _global_")
+    group = "experiment" if whole else file.parts[0]
     schemas = GROUPS | {"experiment": Config, "quantizer": QuantizerConfig}
     if group != "hydra":
         OmegaConf.merge(OmegaConf.structured(schemas[group]), data)
@@ -90,7 +97,7 @@ def test_every_group_of_the_schema_has_its_options():
 
 # ----------------------------------------------------------------------------------------------------------- quantizers
 def test_every_quantizer_has_a_yaml_of_its_name():
-    assert sorted(o.stem for o in OPTIONS if o.parts[0] == "quantizer") == sorted(quantizer_names())
+    assert sorted(o.stem for o in OPTIONS if o.parts[0] == "quantizer") == sorted([*quantizer_names(), "none"])
 
 
 @pytest.mark.parametrize(
@@ -103,6 +110,52 @@ def test_every_quantizer_has_a_yaml_of_its_name():
 )
 def test_scale_is_part_of_a_quantizers_name(settings, name):
     assert quantizer_name("q", settings) == name
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+METHODS = {
+    "caldera": ("e8p_2bit", 0), "caldera_published": ("e8p_2bit", 0), "q_only": ("e8p_2bit", 0),
+    "qera": ("e8p_2bit", 32), "loftq": ("nf_4bit_g64", 32), "srr": ("e8p_2bit", 64), "odlri": ("e8p_2bit", 64),
+    "gptq": ("uniform_asym_3bit_g64", 0), "rtn": ("uniform_asym_3bit_g64", 0), "lr_only": ("none", 0),
+    "none": ("none", 0),
+}  # fmt: skip
+
+
+def test_every_method_is_known_here():
+    assert sorted(METHODS) == sorted(o.stem for o in OPTIONS if o.parts[0] == "method")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_alone_brings_its_quantizer_and_its_rank(name, composed):
+    config = composed(f"method={name}")
+    found = quantizer_name("q", OmegaConf.to_container(config.q))
+    assert (config.method.name, found, config.rank.k) == (name, *METHODS[name])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_line_and_experiments_win_over_a_method(name, composed):
+    config = composed(f"method={name}", "quantizer@q=uniform_5bit", "quantizer@l=nf_2bit", "rank.k=7")
+    assert (config.q.family, config.q.bits, config.l.family, config.rank.k) == ("uniform", 5, "nf", 7)
+    assert composed("experiment=demo", f"method={name}").method.outer_iterations == 2
+
+
+def test_an_experiment_may_choose_method_and_quantizer(composed, tmp_path):
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /method: gptq\n  - override /quantizer@q: nf_3bit\n"
+    (own / "mine.yaml").write_text(text)
+    config = composed("experiment=mine", f"hydra.searchpath=[file://{own.parent}]")
+    assert (config.method.name, config.q.family, config.q.scale) == ("gptq", "nf", "g64")
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"none"}))
+def test_every_method_decomposes(name, point):
+    """On the smallest matrix of the tiny model, and what it reports is what it deploys."""
+    method = point(f"method={name}", "rank.k=4", "method.outer_iterations=1", "method.inner_iterations=1").method
+    weight, moments = gaussian(32, 64), second_moments(64)
+    found = decompose(weight, moments, method)
+    expected = error_by_definition(weight, found.dequantize(), moments)
+    assert found.relative_error == pytest.approx(expected, rel=1e-3) and 0 < expected < 1
 
 
 # ---------------------------------------------------------------------------------------------------------- experiments

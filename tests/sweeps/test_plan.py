@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from caldera.packed import MatrixSpec
-from sweeps.plan import axes, resolve
+from sweeps.plan import axes, resolve, uncompressed_axes
 from sweeps.schema import Config
 
 # Settings that change where, how fast or under what name a result is had, but not the result.
@@ -20,8 +20,10 @@ TEXT = {"calibration.text": "embedded_validation", "evaluation.text": "embedded_
 OTHER = TEXT | {
     "q.family": "uniform", "l.family": "uniform", "r.family": "uniform",
     "q.scale": "row", "l.scale": "row", "r.scale": "row",
-    "model.include": ["*_proj"], "model.exclude": ["*.o_proj"], "method.inputs": "original",
-    "method.correction_last": 0.1, "method.residual_last": 0.1, "method.name": "other", "method.order": "q_first", "evaluation.tasks": [], "compute.dtype": "float16",
+    "model.include": ["*self_attn*"], "model.exclude": ["*.o_proj"], "method.inputs": "original",
+    "method.correction_last": 0.1, "method.residual_last": 0.1, "method.name": "other",
+    "method.order": "q_first", "method.moments": "identity", "method.init": "svd",
+    "method.init_rank": "auto", "evaluation.tasks": [], "compute.dtype": "float16",
     "compute.device": "auto", "model.name": "other", "tracker.name": "wandb", "tracker.mode": "disabled",
     "tracker.project": "other", "tracker.entity": "other", "model.revision": "other", "sweep": "other",
 }  # fmt: skip
@@ -73,6 +75,13 @@ def test_the_baseline_depends_on_the_evaluation_alone(point):
     assert one.baseline_key != point("evaluation.rows=3").baseline_key
 
 
+@pytest.mark.parametrize("lines", [[], ["rank.k=8", "quantizer@q=e8p_3bit", "method.init=svd", "calibration.length=9"]])
+def test_the_uncompressed_model_is_one_point_whatever_a_method_would_do(point, lines):
+    found, other = point("method=none", *lines), point("rank.k=4")
+    assert (found.key, found.name) == (other.baseline_key, other.baseline_name)
+    assert axes(found) == uncompressed_axes(other)
+
+
 def test_axes_are_flat_and_say_what_was_asked(point):
     found = axes(point("rank.k=8", "quantizer@l=bf16", "seed=3"))
     assert found == {
@@ -109,6 +118,13 @@ def test_a_budget_buys_the_largest_rank_that_fits(point, bits, factors):
 def test_a_budget_is_no_part_of_the_key_beside_the_rank_that_it_buys(point):
     found = point("budget=uniform", "budget.bits=2.5")
     assert found.key == point(f"rank.k={found.method.rank}").key
+
+
+def test_a_budget_buys_factors_without_a_backbone(point):
+    found = point("method=lr_only", "budget=uniform", "budget.bits=3")
+    assert found.method.q == "none" and found.method.rank > 1
+    assert stored_bits(found, found.method.rank) <= 3 < stored_bits(found, found.method.rank + 1)
+    assert (axes(found)["q"], axes(found)["q_bits"]) == (None, None)
 
 
 def test_a_large_budget_stops_at_the_smallest_side(point):

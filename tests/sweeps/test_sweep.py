@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from caldera import relative_error
 from caldera.checkpoint import block_file, load_dense, read_manifest, read_matrices
 from sweeps import pipeline
-from sweeps.calibration import Moments
+from sweeps.calibration import Calibration
 from sweeps.evaluate import perplexity
 from sweeps.progress import Reporter
 from tests.sweeps.swept import NO_TASKS, TOP_LEVEL, Swept
@@ -113,6 +113,7 @@ def test_matrices_add_up_to_the_model(swept, rank):
         assert matrix["stored_bits"] == 8 * matrix["stored_bytes"] / math.prod(matrix["shape"])
         assert 0 < matrix["relative_error"] < 1 and matrix["seconds"] > 0
         assert matrix["trace"] and {"iteration", "step", "error"} == set(matrix["trace"][0])
+        assert (matrix["sigma"], matrix["jitters"], matrix["init_rank"]) == (3e-3, [], 0)
 
 
 def test_the_uncompressed_model_has_the_bits_of_its_dtype(swept):
@@ -141,15 +142,15 @@ def test_a_checkpoint_reloads_to_the_very_model_that_was_measured(swept, rank):
 @pytest.mark.parametrize("rank", [0, 8])
 def test_errors_are_those_of_the_deployed_weights(swept, rank, point, tiny_llama_dir):
     record, original = swept.of(rank=rank), load_file(tiny_llama_dir / "model.safetensors")
-    moments = Moments(point().cache / "moments" / point().moments_key[:24])
+    calibration = Calibration(point().cache / "moments" / point().moments_key[:24])
     recorded = {m["name"]: m["relative_error"] for m in record["matrices"]}
     deployed = load_dense(swept.checkpoint(record)).state_dict()
-    assert sum(moments.tokens(0).values()) == 4 * 1024
+    assert sum(calibration.tokens(0).values()) == 4 * 1024
     for block in range(2):
-        for group in moments.groups(block):
+        for group in calibration.groups(block):
             for member in group.members:
                 name = f"model.layers.{block}.{member}"
-                h, w_hat = moments.load(block)[group.name], deployed[f"{name}.weight"]
+                h, w_hat = calibration.moments(block)[group.name], deployed[f"{name}.weight"]
                 assert recorded.pop(name) == pytest.approx(
                     relative_error(original[f"{name}.weight"], w_hat, h), rel=1e-5
                 )
@@ -231,3 +232,41 @@ def test_the_uncompressed_models_record_is_the_points_own(swept, point):
     record = pipeline.run_baseline(other, Reporter("second"))
     assert record["name"] == other.baseline_name == other.folder(other.baseline_name).name
     assert (record["point"]["model"], record["sweep"]) == ("renamed", "other")
+
+
+# -------------------------------------------------------------------------------------------------------- other methods
+def test_methods_are_an_axis_of_a_sweep(application, tmp_path):
+    """Those whose moments and first factors are not the measured ones' and zero: their basis is prepared for them."""
+    code, _, errors = application("-m", "method=rtn,loftq,odlri", "rank.k=2", NO_TASKS, "evaluation.rows=1")
+    found = Swept(tmp_path / "results")
+    assert (code, errors) == (0, "")
+    assert {r["point"]["method"] for r in found.records} == {"rtn", "loftq", "odlri", "none"}
+    assert {m["init_rank"] for m in found.of(method="odlri")["matrices"]} == {2}
+    assert {m["q"] for m in found.of(method="loftq")["matrices"]} == {"nf_4bit_g64"}
+
+
+# ------------------------------------------------------------------------------------------ the uncompressed as a point
+def test_the_uncompressed_model_may_be_a_point_of_its_own(application, swept, tmp_path):
+    code, output, errors = application("method=none", "rank.k=8")
+    assert "uncompressed" in output and "no finished compressed point" in errors  # a table, but no frontier
+    found = Swept(tmp_path / "results")
+    (record,) = found.records
+    before = swept.of(method="none")
+    assert (code, record["point"], record["bits"]) == (0, before["point"], before["bits"])
+    assert (record["key"], record["metrics"]) == (before["key"], before["metrics"])
+    assert record["matrices"] == [] and not found.checkpoint(record).exists()
+    assert "done before" in application("method=none")[1]
+
+
+def test_a_failed_uncompressed_point_is_made_up_for(application, monkeypatch, tmp_path):
+    def out_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipeline, "_baseline", out_of_memory)
+    lines = ("method=none,caldera", "rank.k=2", NO_TASKS, "evaluation.rows=1")
+    assert application("-m", *lines)[0] == 1
+    assert [r["status"] for r in Swept(tmp_path / "results").records] == ["failed", "failed"]
+    monkeypatch.undo()
+    assert application(*lines[1:], "method=caldera")[0] == 0
+    found = Swept(tmp_path / "results")
+    assert {r["status"] for r in found.records} == {"done"} and len(found.records) == 2
