@@ -9,6 +9,10 @@ Glossary, used throughout:
     code        integer that a codebook turns into values    granule    values that share one scale
 """
 
+from typing import Any
+
+import wrapt
+
 from caldera.basis import Basis, prepare
 from caldera.decompose import Decomposition, decompose, relative_error
 from caldera.errors import CalderaError, CheckpointError, NumericalError, UserError
@@ -18,7 +22,22 @@ from caldera.quantizers import get_quantizer, quantizer_names
 from caldera.theory import predict_error
 
 __all__ = [
-    "Basis", "CalderaError", "CheckpointError", "Decomposition", "MatrixSpec", "Method", "NumericalError",
-    "PackedMatrix", "UserError", "decompose", "get_quantizer", "predict_error", "prepare", "quantizer_names",
+    "Basis", "CalderaConfig", "CalderaError", "CheckpointError", "Decomposition", "MatrixSpec", "Method",
+    "NumericalError", "PackedMatrix", "UserError", "decompose", "get_quantizer", "predict_error", "prepare",
+    "quantizer_names",
     "relative_error",
 ]  # fmt: skip
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register(_) -> None:
+    """Make packed checkpoints known to transformers, as soon as it looks at any: it is not imported for that."""
+    import caldera.hf  # noqa: F401
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CalderaConfig":
+        from caldera.hf import CalderaConfig
+
+        return CalderaConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,20 +56,25 @@ class Basis:
         return into(weight, self.seed, self.name, name) if self.transformed else weight.float()
 
 
+def sign_vectors(
+    shape: tuple[int, int], seed: int, input_name: str, name: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """sign_in (n,) and sign_out (m,) of the matrix (m, n) called `name`."""
+    m, n = shape
+    sign_in = hadamard.signs(n, seed, f"{input_name}/in", device=device)
+    return sign_in, hadamard.signs(m, seed, f"{name}/out", device=device)
+
+
 def into(weight: Tensor, seed: int, input_name: str, name: str) -> Tensor:
     """T_m S_out W S_in T_n^T: outliers spread over all entries, so that one scale serves the whole matrix."""
-    m, n = weight.shape
-    sign_in = hadamard.signs(n, seed, f"{input_name}/in", device=weight.device)
-    sign_out = hadamard.signs(m, seed, f"{name}/out", device=weight.device)
+    sign_in, sign_out = sign_vectors(weight.shape, seed, input_name, name, weight.device)
     x = hadamard.transform(weight.float() * sign_in)
     return hadamard.transform((x * sign_out[:, None]).T.contiguous()).T.contiguous()
 
 
 def out_of(x: Tensor, seed: int, input_name: str, name: str) -> Tensor:
     """The inverse of `into`."""
-    m, n = x.shape
-    sign_in = hadamard.signs(n, seed, f"{input_name}/in", device=x.device)
-    sign_out = hadamard.signs(m, seed, f"{name}/out", device=x.device)
+    sign_in, sign_out = sign_vectors(x.shape, seed, input_name, name, x.device)
     x = hadamard.inverse(x.T.contiguous()).T * sign_out[:, None]
     return hadamard.inverse(x.contiguous()) * sign_in
 

@@ -1,7 +1,8 @@
 """A packed checkpoint on disk: one safetensors file a decoder block, one for the rest, and a manifest written last.
 
-A folder without `manifest.json` is unfinished. The manifest lists every file with its size and sha256, and the spec
-of every compressed matrix; tensors of a matrix are called `<matrix>.<part>_<tensor>`, say `...q_proj.l_codes`.
+Beside them are transformers' files: an index of the shards, and a config.json that says that they are packed. A folder
+without `manifest.json` is unfinished. The manifest lists every file with its size and sha256, and the spec of every
+compressed matrix; tensors of a matrix are called `<matrix>.<part>_<tensor>`, say `...q_proj.l_codes`.
 """
 
 import json
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from caldera.blocks import named_matrices
 from caldera.errors import CheckpointError
 from caldera.files import committed, sha256, write_json
+from caldera.layers import place
 from caldera.packed import MatrixSpec, PackedMatrix
+from caldera.shards import mark_config, read_specs, verify_metadata, write_index
 
 VERSION = 1
 MANIFEST, REST = "manifest.json", "model-rest.safetensors"
@@ -60,9 +63,15 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def write_manifest(directory: Path, details: dict) -> None:
-    """Check nothing, list everything: the last act of saving. `details` is free JSON about the fit."""
-    shards = sorted(directory.glob("model-*.safetensors"))
-    matrices = {s["name"]: s for shard in shards for s in _specs(shard)}
+    """Check nothing, list everything: the last act of saving. `details` is free JSON about the fit.
+
+    Before that, an index and a mark in config.json make the folder one that transformers loads.
+    """
+    write_index(directory)
+    if (directory / "config.json").is_file():
+        mark_config(directory, VERSION, _dtype_of(directory / REST))
+    specs = read_specs(sorted(directory.glob("model-*.safetensors")))
+    matrices = {name: spec.to_json() for name, spec in specs.items()}
     files = {
         f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(directory.glob("[!.]*")) if f.is_file()
     }
@@ -72,9 +81,12 @@ def write_manifest(directory: Path, details: dict) -> None:
     )
 
 
-def _specs(shard: Path) -> list[dict]:
-    with safe_open(shard, "pt") as opened:
-        return json.loads((opened.metadata() or {}).get("matrices", "[]"))
+def _dtype_of(rest: Path) -> str:
+    """The type of the floating tensors that are not compressed: `write_rest` gives all of them one."""
+    with safe_open(rest, "pt") as opened:
+        types = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+    known = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    return next((known[t] for t in sorted(types) if t in known), "float32")
 
 
 def read_manifest(directory: Path, verify: bool = True) -> dict:
@@ -95,6 +107,23 @@ def read_manifest(directory: Path, verify: bool = True) -> dict:
     for name, listed in manifest["files"].items() if verify else ():
         _verify(Path(directory) / name, listed)
     return manifest
+
+
+def verified_specs(shards: list[Path]) -> dict[str, MatrixSpec]:
+    """Specs of the matrices in a checkpoint's shards, which are whole and unchanged. Raises CheckpointError by name.
+
+    Only the weights are looked at, not the configuration and the tokenizer, which people edit.
+    """
+    directory = shards[0].parent
+    files = read_manifest(directory, verify=False)["files"] if (directory / MANIFEST).is_file() else None
+    for shard in shards:
+        if files is None:
+            verify_metadata(shard)
+        elif shard.name in files:
+            _verify(shard, files[shard.name])
+        else:
+            raise CheckpointError(f"{shard} is not in {MANIFEST}: save a model into an empty folder")
+    return read_specs(shards)
 
 
 def _verify(file: Path, listed: dict) -> None:
@@ -125,14 +154,15 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.float32, verify: bool
 
     directory = Path(directory)
     manifest = read_manifest(directory, verify)
+    config = AutoConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is built is an ordinary model
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     rest = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(directory / REST).items()}
     model.load_state_dict(rest, strict=False, assign=True)
-    places = named_matrices(model)
-    for file in (f for f in manifest["files"] if f.startswith("model-block-")):
-        for matrix in read_matrices(directory, file):
-            places[matrix.spec.name].write(matrix.dequantize().to(dtype))
+    shards = (file for file in manifest["files"] if file.startswith("model-block-"))
+    place(named_matrices(model), (matrix for shard in shards for matrix in read_matrices(directory, shard)), dtype)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:

@@ -1,5 +1,8 @@
 """Codes of any width from 1 to 32 bits in bytes, little end first, with no bit between them."""
 
+import math
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -22,9 +25,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack`: int64 (count,)."""
-    data = data.to(torch.int64)
-    if bits % 8 == 0:
-        shifts = torch.arange(0, bits, 8, device=data.device)
-        return (data.reshape(count, bits // 8) << shifts).sum(1)
-    stream = ((data[:, None] >> torch.arange(8, device=data.device)) & 1).reshape(-1)[: count * bits]
-    return (stream.reshape(count, bits) << torch.arange(bits, device=data.device)).sum(1)
+    unit = bits // math.gcd(bits, 8)  # the fewest bytes that hold whole codes
+    if unit > 7:  # no quantizer has such codes: bit by bit
+        stream = ((data[:, None] >> torch.arange(8, device=data.device)) & 1).reshape(-1)[: count * bits]
+        return (stream.reshape(count, bits) << torch.arange(bits, device=data.device)).sum(1)
+    words, codes = _words(data, unit), 8 * unit // bits
+    if codes > 1:
+        words = torch.stack([(words >> bits * i) & (2**bits - 1) for i in range(codes)], 1).reshape(-1)[:count]
+    return words.to(torch.int64)
+
+
+def _words(data: Tensor, unit: int) -> Tensor:
+    """Bytes as integers of `unit` bytes, at most seven. Shifts are scalars: by a tensor they take ten times as long."""
+    data = torch.nn.functional.pad(data, (0, -data.numel() % unit)).reshape(-1, unit)
+    wide = torch.int32 if unit < 4 else torch.int64
+    return reduce(torch.bitwise_or, (data[:, i].to(wide) << 8 * i for i in range(unit)))

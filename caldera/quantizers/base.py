@@ -131,8 +131,17 @@ class Quantizer:
         """Values float32 (m, n) of codes (m, ceil(n / group))."""
         scale, zero = self.columns(scales, n)
         if self.codebook.sequential:
-            return self.codebook.decode_columns(codes) * scale + zero
-        return self.codebook.decode(codes.reshape(-1)).reshape(codes.shape[0], -1)[:, :n] * scale + zero
+            values = self.codebook.decode_columns(codes)
+        else:
+            values = self.codebook.decode(codes.reshape(-1)).reshape(codes.shape[0], -1)[:, :n]
+        return values * scale if self.symmetric else values * scale + zero
+
+    def block_rows(self, m: int, wanted: int) -> int:
+        """About how many of m rows may be unpacked apart: any block of so many, from a multiple of it, and the rest.
+
+        Eight rows end at a whole byte, whatever the width of a code.
+        """
+        return self.codebook.block_rows(m) if self.codebook.sequential else max(8, wanted // 8 * 8)
 
     def round(self, x: Tensor) -> Tensor:
         """x (m, n) fitted, encoded and decoded: the nearest storable matrix, without error feedback."""

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import embedding, one_hot
 
 from caldera.devices import constant
 
@@ -151,13 +151,20 @@ def encode_2bit(x: Tensor) -> Tensor:
     return torch.where(distance1 < distance0, code1, code0)
 
 
+@cache
+def codewords() -> np.ndarray:
+    """(65536, 8) the 2-bit codewords, float32: 2 MB. Looking them up takes 1/100 of the time of computing them."""
+    codes = np.arange(1 << 16)
+    m = patterns()[codes >> 8]
+    signs = (codes[:, None] >> np.arange(1, 8)) & 1
+    last = (m.sum(1) + signs.sum(1)) % 2
+    signs = np.concatenate([signs, last[:, None]], 1)
+    return ((m + 0.5) * (1 - 2 * signs) + (0.25 - 0.5 * (codes & 1))[:, None]).astype(np.float32)
+
+
 def decode_2bit(codes: Tensor) -> Tensor:
     """Codewords float32 (N, 8)."""
-    m = constant(patterns, codes)[codes >> 8 & 255]
-    signs = (codes[:, None] >> torch.arange(1, 8, device=codes.device)) & 1
-    last = (m.sum(1) + signs.sum(1)) % 2
-    signs = torch.cat([signs, last[:, None]], 1)
-    return (m + 0.5) * (1 - 2 * signs) + (0.25 - 0.5 * (codes & 1))[:, None]
+    return embedding(codes, constant(codewords, codes))
 
 
 def encode_e81(x: Tensor) -> Tensor:
@@ -195,7 +202,8 @@ class E8P:
         if self.bits == 2:
             return first
         rest = codes >> 16
-        return first + (constant(e81_points, codes)[rest] if self.bits == 3 else decode_2bit(rest)) / self.residual
+        second = embedding(rest, constant(e81_points, codes)) if self.bits == 3 else decode_2bit(rest)
+        return first + second / self.residual
 
     def kernel(self) -> tuple:
         from caldera.quantizers import _kernels

@@ -76,7 +76,7 @@ class ScalarCodebook:
         return torch.searchsorted((levels[1:] + levels[:-1]) / 2, z[:, 0].contiguous())
 
     def decode(self, codes: Tensor) -> Tensor:
-        return self._on(codes)[codes][:, None]
+        return self._on(codes).index_select(0, codes)[:, None]
 
     def kernel(self) -> tuple:
         from caldera.quantizers import _kernels

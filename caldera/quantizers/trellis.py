@@ -60,6 +60,11 @@ class Trellis:
         parts = -(-rows // RUN)
         return [rows * part // parts for part in range(parts + 1)]
 
+    def block_rows(self, rows: int) -> int:
+        """Rows of one sequence, where all have as many and end at a whole byte; else all rows."""
+        parts = len(self.edges(rows)) - 1
+        return rows if rows % parts or rows // parts % 8 else rows // parts
+
     def encode(self, z: Tensor) -> Tensor:
         """Codes int64 (m,) of a column z (m, 1)."""
         return self.encode_columns(z)[:, 0]
@@ -79,15 +84,22 @@ class Trellis:
         """Values float32 (m, n) of codes (m, n)."""
         if self.is_short(codes.shape[0]):
             return (codes - ((1 << self.bits) - 1) / 2) * STEPS[self.bits]
-        return constant(levels, codes)[self._states(codes)]
+        return constant(levels, codes).index_select(0, self._states(codes).reshape(-1)).reshape(codes.shape)
 
     def _states(self, codes: Tensor) -> Tensor:
         """The register after each code, (m, n)."""
-        back = torch.arange(STATE_BITS // self.bits, device=codes.device)
-        bounds = self.edges(codes.shape[0])
-        runs = [a + (torch.arange(b - a, device=codes.device)[:, None] - back) % (b - a) for a, b in pairwise(bounds)]
-        index = torch.cat(runs)  # (m, steps)
-        return sum(codes[index[:, j]] << (self.bits * j) for j in range(len(back)))
+        runs = (codes[a:b].to(torch.int16) for a, b in pairwise(self.edges(codes.shape[0])))
+        return torch.cat([self._registers(run) for run in runs]).to(torch.int32)
+
+    def _registers(self, codes: Tensor) -> Tensor:
+        """The register after each code of closed sequences (T, n), from registers of 1, 2, 4 and 8 codes."""
+        register, held, power, size = torch.zeros_like(codes), 0, codes, 1
+        while held < STATE_BITS // self.bits:
+            if STATE_BITS // self.bits & size:
+                register = register | power.roll(held, 0) << self.bits * held
+                held += size
+            power, size = power | power.roll(size, 0) << self.bits * size, 2 * size
+        return register
 
     def is_short(self, rows: int) -> bool:
         """Whether sequences of a column of that many rows are too short for the trellis."""

@@ -8,8 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from caldera import CheckpointError, Method, PackedMatrix, decompose
-from caldera.blocks import covered, decoder_blocks
+from caldera import CheckpointError, PackedMatrix, decompose
 from caldera.checkpoint import (
     MANIFEST,
     REST,
@@ -22,40 +21,16 @@ from caldera.checkpoint import (
     write_rest,
 )  # fmt: skip
 from caldera.files import committed, sha256, write_json
-from caldera.matrices import chosen, matrices
 from caldera.quantizers import quantizer_names
 from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian, second_moments
+from tests.caldera.tiny_checkpoints import compress, method
 
 FIRST = block_file(0)
 
 
-def method(**settings) -> Method:
-    return Method(**{"rank": 3, "outer_iterations": 1, "inner_iterations": 1} | settings)
-
-
 def matrix(name: str = "a.b", **settings) -> PackedMatrix:
     return decompose(gaussian(12, 20), second_moments(20), method(**settings), name=name).packed
-
-
-def compress(model, directory, dtype=torch.float32, **settings) -> dict[str, torch.Tensor]:
-    """All matrices of all blocks but the gates, by hand; the dequantized matrices by name."""
-    prefix, blocks = decoder_blocks(model)
-    dense = {}
-    for index, block in enumerate(blocks):
-        packed = []
-        for name, matrix in matrices(block).items():
-            full = f"{prefix}.{index}.{name}"
-            if not chosen(full, ["*"], ["*_gate"]):
-                continue
-            moments = second_moments(matrix.shape[1])
-            packed.append(decompose(matrix.read(), moments, method(**settings), name=full).packed)
-            dense[full] = packed[-1].dequantize()
-        write_matrices(directory, block_file(index), packed)
-    write_rest(directory, model.state_dict(), covered(model, dense), dtype)
-    model.config.save_pretrained(directory)
-    write_manifest(directory, {"note": "by hand"})
-    return dense
 
 
 @pytest.fixture
