@@ -7,7 +7,8 @@ import pandas as pd
 
 SCHEMA_VERSION = 1
 REQUIRED = ("name", "status", "point", "bits", "metrics")
-MATRIX_FIELDS = ("rank", "q", "l", "r", "nominal_bits", "stored_bits", "stored_bytes", "relative_error")
+MATRIX_FIELDS = ("rank", "q", "l", "r", "nominal_bits", "stored_bits", "stored_bytes")
+ERRORS = ("relative_error", "predicted_error", "output_error")
 
 
 class RecordError(ValueError):
@@ -102,13 +103,14 @@ def matrices(records: list[dict]) -> pd.DataFrame:
     parameter, `relative_error` is sqrt(tr(E H E^T) / tr(W H W^T)).
     """
     rows = [_matrix(record["name"], matrix) for record in records for matrix in record.get("matrices") or []]
-    columns = ["point", "matrix", "block", "projection", "rows", "columns", *MATRIX_FIELDS]
+    columns = ["point", "matrix", "block", "projection", "rows", "columns", *MATRIX_FIELDS, *ERRORS]
     return pd.DataFrame(rows, columns=columns).astype({"block": "Int64", "rank": "Int64"})
 
 
 def _matrix(point: str, matrix: dict) -> dict:
     parts = matrix["name"].split(".")
-    row = {"point": point, "matrix": matrix["name"], "projection": parts[-1]}
+    projection = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])  # experts are numbered
+    row = {"point": point, "matrix": matrix["name"], "projection": projection}
     row["block"] = next((int(part) for part in parts if part.isdigit()), None)
     row["rows"], row["columns"] = matrix["shape"]
-    return row | {field: matrix.get(field) for field in MATRIX_FIELDS}
+    return row | {field: matrix.get(field) for field in (*MATRIX_FIELDS, *ERRORS)}

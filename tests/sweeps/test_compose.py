@@ -137,7 +137,7 @@ def test_a_method_alone_brings_its_quantizer_and_its_rank(name, composed):
 def test_the_command_line_and_experiments_win_over_a_method(name, composed):
     config = composed(f"method={name}", "quantizer@q=uniform_5bit", "quantizer@l=nf_2bit", "rank.k=7")
     assert (config.q.family, config.q.bits, config.l.family, config.rank.k) == ("uniform", 5, "nf", 7)
-    assert composed("experiment=demo", f"method={name}").method.outer_iterations == 2
+    assert composed("experiment=original", f"method={name}").method.inputs == "original"
 
 
 def test_an_experiment_may_choose_method_and_quantizer(composed, tmp_path):
