@@ -52,11 +52,12 @@ def predict_error(
     W (m, n), H (n, n), `name` and `basis` as there. Costs the transform, one product W C, the randomized SVD of one
     regression and ROUNDS triangular solves with 2 PROBES rows.
 
-    Not modelled: `order` and the number of rounds (as "lr_first", with at most one refit of the factors), `warm_start`,
-    `rotate` (as on), the alternation inside LPLR, entries of the transformed W far from Gaussian, and rows that differ:
-    scales of rows or groups follow rows of unlike size and do better than predicted, and where single rows of W
-    lie along one dominant direction of H, one scale for all overloads on them and the true error, at rank 0, is up to
-    three times the predicted one (q, k and o of SmolLM2's first block; 1.5 times after two passes of descent).
+    Not modelled: `moments="identity"` (the error is then that against H = I), `init` and `downdate`, `order` and the
+    number of rounds (as "lr_first", with at most one refit of the factors), `warm_start`, `rotate` (as on), the
+    alternation inside LPLR, entries of the transformed W far from Gaussian, and rows that differ: scales of rows or
+    groups follow rows of unlike size and do better than predicted; where single rows of W lie along one dominant
+    direction of H, LDLQ widens its one scale (`caldera.ldlq.OVERLOAD`), and the true error is up to a fifth above or
+    below the prediction (q, k and o of SmolLM2's first block).
     Raises NumericalError for moments that cannot be factorised.
     """
     if basis is None:

@@ -92,7 +92,8 @@ def _compress_matrix(
     wanted = given.target(name, weight)
     found = decompose(wanted, given.moments, method, name=full, basis=basis)
     seconds = time.perf_counter() - start
-    predicted = predict_error(wanted, given.moments, method, name=full, basis=basis)
+    # theory speaks of the moments that were fitted to, and for H = I these are not the measured ones
+    predicted = None if basis.identity else predict_error(wanted, given.moments, method, name=full, basis=basis)
     error = given.output_error(weight, found.dequantize())
     error = found.relative_error if error is None else error
     errors = {"predicted_error": predicted, "output_error": error}
