@@ -1,7 +1,7 @@
 """What matrices are fitted to, original or corrected, against plain forward passes; whole models through both."""
 
-import json
 import copy
+import json
 
 import pytest
 import torch
