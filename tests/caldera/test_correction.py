@@ -131,11 +131,17 @@ def test_a_damping_outside_its_range_is_refused(value):
         Correction(sigma=value)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_moments_that_cannot_be_factorised_are_named(value):
-    bad = torch.full((N, N), value)
+def test_moments_that_cannot_be_factorised_are_named():
+    bad = torch.full((N, N), float("nan"))
     with pytest.raises(NumericalError, match=r"^layer\.3: moments of the correction"):
         Correction().fit(bad, bad, None, 0, "layer.3")
+
+
+def test_where_nothing_arrives_the_weight_stays():
+    """`prepare` refuses such moments by name."""
+    nothing = torch.zeros(N, N)
+    weight = gaussian(M, N)
+    assert torch.equal(Correction().fit(nothing, nothing, nothing[:M], 0, "m").of(weight, True), weight)
 
 
 # --------------------------------------------------------------------------------------------------------- output error
