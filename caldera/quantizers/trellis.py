@@ -77,8 +77,12 @@ class Trellis:
         """Codes int64 (m, n) of the columns of z (m, n)."""
         if self.is_short(z.shape[0]):
             return self._encode_short(z)
-        z = z.clamp(-FAR, FAR)
-        return torch.cat([self._encode_runs(z[a:b]) for a, b in pairwise(self.edges(z.shape[0]))])
+        runs = [z[a:b].clamp(-FAR, FAR) for a, b in pairwise(self.edges(z.shape[0]))]
+        found: dict[int, list[Tensor]] = {}
+        for length in {len(run) for run in runs}:  # two at most, each searched as one batch
+            together = self._encode_runs(torch.cat([run for run in runs if len(run) == length], 1))
+            found[length] = list(together.split(z.shape[1], 1))
+        return torch.cat([found[len(run)].pop(0) for run in runs])
 
     def decode_columns(self, codes: Tensor) -> Tensor:
         """Values float32 (m, n) of codes (m, n)."""
