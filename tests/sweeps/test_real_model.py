@@ -1,4 +1,4 @@
-"""One real point: SmolLM2-135M at 2 bits and rank 8, on a thousand tokens of calibration."""
+"""One real point: SmolLM2-135M at 2 bits and rank 8, on four thousand tokens of calibration."""
 
 import math
 
@@ -14,7 +14,7 @@ def test_smollm2_survives_two_bits(composed, tmp_path):
     # E8P is the quicker of the 2-bit codes by far
     rounds = ["quantizer@q=e8p_2bit", "method.outer_iterations=1", "method.inner_iterations=1"]
     tiny = ["calibration=tiny", "evaluation=tiny", "tracker=none", f"results={tmp_path}", "keep_checkpoint=false"]
-    point = resolve(composed(*tiny, *rounds, "method.sigma=1e-2", "rank.k=8"))
+    point = resolve(composed(*tiny, *rounds, "method.sigma=1e-2", "rank.k=8", "calibration.sequences=16"))
     check_inputs(point)
     record = run_point(point, Reporter(point.name))
     before = run_baseline(point, Reporter(point.name))["metrics"]["perplexity/heldout_256"]["value"]
