@@ -14,7 +14,7 @@ from torch import Tensor
 
 from caldera.devices import read
 from caldera.errors import UserError
-from caldera.linalg import damped_cholesky
+from caldera.linalg import damped_cholesky, energy, relative
 
 LIMIT = 1.0
 
@@ -87,7 +87,6 @@ class Target:
 def output_error(weight: Tensor, approximation: Tensor, original: Tensor, cross: Tensor, moments: Tensor) -> float:
     """sqrt(E|W x - W^ x^|^2 / E|W x|^2) from H = E[x x^T], C = E[x x^^T] and H^ = E[x^ x^^T], each (n, n)."""
     w, v = weight.float(), approximation.float()
-    whole, mixed, own = ((a @ h * b).sum(dtype=torch.float64) for a, h, b in
-                         ((w, original, w), (w, cross, v), (v, moments, v)))  # fmt: skip
-    lost, all_of_it = read(whole - 2 * mixed + own), read(whole)
-    return 0.0 if lost <= 0 else (lost / all_of_it) ** 0.5 if all_of_it > 0 else float("inf")
+    mixed = read(((w @ cross) * v).sum(dtype=torch.float64))
+    whole = energy(w, original)
+    return relative(whole - 2 * mixed + energy(v, moments), whole)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from caldera.basis import Basis, downdated, prepare, unit_mean
-from caldera.devices import is_fake, read
+from caldera.devices import is_fake
 from caldera.errors import NumericalError, UserError
 from caldera.initial import initial_factors
 from caldera.ldlq import Rounded, ldlq, tune
-from caldera.linalg import named, power_of_4, require_finite
+from caldera.linalg import energy, named, power_of_4, relative, require_finite
 from caldera.lowrank import Factor, lplr, starting_right
 from caldera.method import Method
 from caldera.packed import MatrixSpec, PackedMatrix
@@ -61,16 +61,7 @@ def relative_error(weight: Tensor, approximation: Tensor, moments: Tensor) -> fl
     unit, moments = power_of_4(weight), unit_mean(moments)  # so that no square leaves float32's range
     weight = weight.float() / unit
     lost, all_of_it = (energy(x, moments) for x in (weight - approximation / unit, weight))
-    return _ratio(lost, all_of_it)
-
-
-def energy(x: Tensor, moments: Tensor) -> float:
-    """tr(X H X^T) of X (m, n)."""
-    return read(((x @ moments) * x).sum(dtype=torch.float64))
-
-
-def _ratio(lost: float, all_of_it: float) -> float:
-    return 0.0 if lost <= 0 else float("inf") if all_of_it <= 0 else (lost / all_of_it) ** 0.5
+    return relative(lost, all_of_it)
 
 
 def decompose(
@@ -202,7 +193,7 @@ class _Loop:
     def _judge(self, iteration: int, step: str) -> None:
         """Record the error after a half step and keep the iterate if it is complete and the best so far."""
         rest = self.weight - self._product() - (0.0 if self.q is None else self.q.values)
-        error = _ratio(energy(rest, self.basis.moments), self.energy)
+        error = relative(energy(rest, self.basis.moments), self.energy)
         error = _defined(error, rest, f"{self.name}: {step} of iteration {iteration}")
         self.trace.append({"iteration": iteration, "step": step, "error": error})
         complete = (self.q is not None or not self.has_q) and self._dimensions() == self.method.rank

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded
 from caldera.devices import over_rows, read
-from caldera.linalg import diagonal_blocks
+from caldera.linalg import diagonal_blocks, energy
 from caldera.quantizers import Half, Quantizer, Scales
 from caldera.quantizers.base import compiled
 
@@ -42,19 +42,15 @@ def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | No
     if scales is not None:
         return _walk(weight, basis, quantizer, scales)
     found = _walk(weight, basis, quantizer, quantizer.fit(weight))
-    loss, limit = _loss(weight, basis, found), OVERLOAD * _expected_loss(weight, basis, quantizer, found.scales)
+    loss = energy(weight - found.values, basis.damped)
+    limit = OVERLOAD * _expected_loss(weight, basis, quantizer, found.scales)
     while loss > limit:
         wider = _walk(weight, basis, quantizer, found.scales.times(WIDER))
-        before, loss = loss, _loss(weight, basis, wider)
+        before, loss = loss, energy(weight - wider.values, basis.damped)
         if not loss < before:
             break
         found = wider
     return found
-
-
-def _loss(weight: Tensor, basis: Basis, found: Rounded) -> float:
-    rest = weight - found.values
-    return read(((rest @ basis.damped) * rest).sum(dtype=torch.float64))
 
 
 def _expected_loss(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> float:

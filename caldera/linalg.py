@@ -61,6 +61,16 @@ def solve_gram(gram: Tensor, right: Tensor, what: str, jitters: list | None = No
     return solution
 
 
+def energy(x: Tensor, moments: Tensor) -> float:
+    """tr(X H X^T) of X (m, n)."""
+    return read(((x @ moments) * x).sum(dtype=torch.float64))
+
+
+def relative(lost: float, all_of_it: float) -> float:
+    """The relative error of two energies; infinite where there was nothing to lose."""
+    return 0.0 if lost <= 0 else float("inf") if all_of_it <= 0 else (lost / all_of_it) ** 0.5
+
+
 def power_of_4(x: Tensor) -> float:
     """The power of 4 nearest to the largest |x|, 1 for zeros: to divide by it or its square root costs no bit."""
     top = read(x.abs().max())

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded, prepare
-from caldera.decompose import Method, _generator, _ratio
+from caldera.decompose import Method, _generator
 from caldera.devices import read
-from caldera.linalg import diagonal_blocks
+from caldera.linalg import diagonal_blocks, relative
 from caldera.lowrank import top_subspace
 from caldera.quantizers import get_quantizer
 from caldera.quantizers.trellis import RUN
@@ -72,10 +72,10 @@ def predict_error(
         factors = _Factors.of(a, image, basis, method, generator)
         target = factors.residual(target, generator)
     if method.q == "none":
-        return _ratio(factors.alone(damped) - basis.sigma * (norm - _energy(factors.kept)), total)
+        return relative(factors.alone(damped) - basis.sigma * (norm - _energy(factors.kept)), total)
     backbone = _Backbone(target, basis, method, generator)
     gain = factors.refit(backbone) if factors and method.outer_iterations > 1 else 1.0
-    return _ratio(backbone.undamped * gain, total)
+    return relative(backbone.undamped * gain, total)
 
 
 def _energy(x: Tensor) -> float:

@@ -6,6 +6,7 @@ last, lists the groups of matrices that receive one tensor.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,7 +27,7 @@ class Calibration:
 
     directory: Path
 
-    @property
+    @cached_property
     def manifest(self) -> dict:
         return read_json(self.directory / DONE)
 

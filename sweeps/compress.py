@@ -80,24 +80,25 @@ def compress_block(
         for name in members:
             at(f"{block}.{name}")
             weight = layers[f"{block}.{name}"].read().to(fit.device, torch.float32)
-            found, facts = _compress_matrix(weight, given, name, f"{block}.{name}", basis, fit.method)
-            inputs.install(name, found.dequantize())
+            found, approximation, facts = _compress_matrix(weight, given, name, f"{block}.{name}", basis, fit.method)
+            inputs.install(name, approximation)
             yield found, facts
 
 
 def _compress_matrix(
     weight: Tensor, given: Given, name: str, full: str, basis: Basis, method: Method
-) -> tuple[Decomposition, dict]:
+) -> tuple[Decomposition, Tensor, dict]:
     start = time.perf_counter()
     wanted = given.target(name, weight)
     found = decompose(wanted, given.moments, method, name=full, basis=basis)
     seconds = time.perf_counter() - start
     # theory speaks of the moments that were fitted to, and for H = I these are not the measured ones
     predicted = None if basis.identity else predict_error(wanted, given.moments, method, name=full, basis=basis)
-    error = given.output_error(weight, found.dequantize())
+    approximation = found.dequantize()
+    error = given.output_error(weight, approximation)
     error = found.relative_error if error is None else error
     errors = {"predicted_error": predicted, "output_error": error}
-    return found, {"tokens": given.tokens, "few_tokens": given.few, "seconds": seconds} | errors
+    return found, approximation, {"tokens": given.tokens, "few_tokens": given.few, "seconds": seconds} | errors
 
 
 def summary(d: Decomposition) -> dict:

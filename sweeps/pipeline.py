@@ -98,7 +98,7 @@ def _baseline(point: Point, reporter: Reporter) -> dict:
     own = Reporter(point.baseline_name)
     reporter.say("  uncompressed model, once:")
     with own.stage("load"):
-        model = _base_model(point.checkpoint, point.dtype, point.config["model"]["trust_remote_code"]).to(point.device)
+        model = _original(point).to(point.device)
     metrics = _evaluate(point, own, model)
     record = records.skeleton(point.baseline_name, point.baseline_key, point.config, uncompressed_axes(point), "done")
     width = 8.0 * _dtype(point).itemsize
@@ -119,7 +119,7 @@ def _compress(point: Point, reporter: Reporter, target: Path) -> list[dict]:
     inputs = _inputs(point, reporter, device)
     fit = Fit(point.method, frozenset(point.inventory), device)
     with reporter.stage("compress") as progress:
-        model = _base_model(point.checkpoint, "float32", point.config["model"]["trust_remote_code"])
+        model = _original(point, "float32")
         return compress(point.checkpoint, model, inputs, fit, target, _dtype(point), progress)
 
 
@@ -129,7 +129,7 @@ def _inputs(point: Point, reporter: Reporter, device):
     from sweeps.inputs import CorrectedPrefix, Original
 
     def model():
-        return _base_model(point.checkpoint, point.dtype, point.config["model"]["trust_remote_code"]).to(device)
+        return _original(point).to(device)
 
     folder = point.cache / "moments" / point.moments_key[:24]
     with reporter.stage("calibrate") as progress:
@@ -189,6 +189,11 @@ def _tokenizer(checkpoint: Path):
     from sweeps.models import load_tokenizer
 
     return load_tokenizer(checkpoint)
+
+
+def _original(point: Point, dtype: str | None = None):
+    """The point's uncompressed model, in the evaluation's dtype unless another is asked for."""
+    return _base_model(point.checkpoint, dtype or point.dtype, point.config["model"]["trust_remote_code"])
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,12 +8,12 @@ their bits do: one integer minimum finds both.
 import numpy as np
 from numba import njit
 
-STATE_BITS = 12
-STATES = 1 << STATE_BITS
-RUN = 256  # longest sequence; the rows of a matrix are cut into equal ones
-WARM = 64  # values before and after the seam that decide with which state a closed sequence begins
-FAR = np.float32(16)
-F0, BLOCKED, LARGEST = np.float32(0), np.float32(1e30), np.float32(3e38)
+# the format's constants, which numba's cache takes for granted: it looks at this file alone for changes
+from caldera.quantizers import trellis
+from caldera.quantizers.trellis import RUN, STATE_BITS, STATES, WARM
+
+FAR, BLOCKED = np.float32(trellis.FAR), np.float32(trellis.BLOCKED)
+F0, LARGEST = np.float32(0), np.float32(3e38)
 
 
 @njit(cache=True, nogil=True, fastmath=True)

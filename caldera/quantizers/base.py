@@ -164,6 +164,11 @@ class Quantizer:
         return self.decode(codes, Scales(tensors["scale"], tensors.get("zero")), n)
 
 
+def gaussian_fit(x: Tensor, gaussian_scale: float) -> Tensor:
+    """The scale (granules, 1) of x (granules, values) at which its deviation is the codebook's best for a Gaussian."""
+    return x.square().mean(1, keepdim=True).sqrt() / gaussian_scale
+
+
 def compiled(codebook: Codebook, like: Tensor) -> tuple | None:
     """The codebook for the compiled loops, if these can run: data on the processor, in float32."""
     usable = like.device.type == "cpu" and like.dtype == torch.float32 and not is_fake(like)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, one_hot
 
 from caldera.devices import constant
+from caldera.quantizers.base import gaussian_fit
 
 # Positions of the three entries 1/2 in the 29 patterns of norm 12 (the other five are 3/2): the published choice.
 HALVES = (
@@ -213,7 +214,7 @@ class E8P:
 
     def fit(self, x: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, None]:
         """The scale that gives each granule of x (granules, values) the best standard deviation for a Gaussian."""
-        return x.square().mean(1, keepdim=True).sqrt() / self.gaussian_scale, None
+        return gaussian_fit(x, self.gaussian_scale), None
 
 
 CODEBOOKS = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from caldera.devices import constant
+from caldera.quantizers.base import gaussian_fit
 
 STATE_BITS = 12
 STATES = 1 << STATE_BITS
@@ -40,6 +41,7 @@ def levels() -> np.ndarray:
     return np.array([round(quantile((int(s) + 0.5) / STATES), 4) for s in state], np.float32)
 
 
+@cache
 def planes(bits: int) -> np.ndarray:
     """(4096,) the levels in the order of `_trellis`."""
     return np.ascontiguousarray(levels().reshape(-1, 1 << bits).T.reshape(-1))
@@ -144,7 +146,7 @@ class Trellis:
 
     def fit(self, x: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, None]:
         """The scale that gives each granule of x (granules, values) the best standard deviation for a Gaussian."""
-        return x.square().mean(1, keepdim=True).sqrt() / self.gaussian_scale, None
+        return gaussian_fit(x, self.gaussian_scale), None
 
 
 CODEBOOKS = {
