@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from caldera.errors import NumericalError
 from caldera.linalg import block_feedback, damped_cholesky, diagonal_blocks, require_finite, solve_gram
 
 SIGMA_LIMIT = 1.0
+
+
+class Feedback(NamedTuple):
+    """LDLQ's feedback M - I (p, p), where H~ + sigma I = M D M^T and p is n rounded up to a multiple of the group g.
+
+    D = B B^T with the `blocks` B (p / g, g, g); `largest` is the largest size of an entry of M - I.
+    """
+
+    matrix: Tensor
+    blocks: Tensor
+    largest: float
 
 
 @dataclass
@@ -30,7 +42,7 @@ class Basis:
     sigma: float
     identity: bool = False
     jitters: list[dict] = field(default_factory=list)
-    _feedback: dict[int, Tensor] = field(default_factory=dict)
+    _feedback: dict[int, Feedback] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -41,10 +53,12 @@ class Basis:
         """H~ + sigma I."""
         return self.moments + self.sigma * torch.eye(self.n, device=self.moments.device)
 
-    def feedback(self, group: int) -> Tensor:
-        """LDLQ's feedback (p, p) for a quantizer's group, where p is n rounded up to a multiple of it."""
+    def feedback(self, group: int) -> Feedback:
+        """What LDLQ needs for a quantizer's group; made once."""
         if group not in self._feedback:
-            self._feedback[group] = block_feedback(padded(self.chol, group), group)
+            chol = padded(self.chol, group)
+            matrix = block_feedback(chol, group)
+            self._feedback[group] = Feedback(matrix, diagonal_blocks(chol, group), read(matrix.abs().max()))
         return self._feedback[group]
 
     def block_inverses(self, group: int) -> Tensor:

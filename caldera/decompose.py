@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from caldera.basis import Basis, downdated, prepare, unit_mean
-from caldera.devices import is_fake
+from caldera.devices import is_fake, read
 from caldera.errors import NumericalError, UserError
 from caldera.initial import initial_factors
 from caldera.ldlq import Rounded, ldlq, tune
-from caldera.linalg import energy, named, power_of_4, relative, require_finite
-from caldera.lowrank import Factor, lplr, starting_right
+from caldera.linalg import energy, named, power_of_4, relative, require_finite, total
+from caldera.lowrank import Pair, lplr, starting_right
 from caldera.method import Method
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.quantizers import get_quantizer
+
+# A loss that is this small a part of the terms it is the difference of is computed anew.
+CANCELLED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 @dataclass
 class _Loop:
-    """The alternating minimisation in the basis' coordinates; `best` is the best (Q, L, R) by relative error."""
+    """The alternating minimisation in the basis' coordinates; `best` is the best (error, Q, L and R) met."""
 
     weight: Tensor
     basis: Basis
@@ -126,8 +129,9 @@ class _Loop:
     trace: list[dict] = field(default_factory=list)
     jitters: list[dict] = field(default_factory=list)
     q: Rounded | None = None
-    factors: tuple[Factor, Factor] | None = None
-    best: tuple | None = None
+    factors: Pair | None = None
+    product: Tensor | float = 0.0  # L R (m, n)
+    best: tuple[float, Rounded | None, Pair | None] | None = None
     init_rank: int = 0
 
     def __post_init__(self) -> None:
@@ -144,8 +148,8 @@ class _Loop:
         for iteration in range(self.method.outer_iterations if len(steps) == 2 else 1):
             before = self.best[0] if self.best else float("inf")
             for step, update in steps:
-                update(f"{self.name}: {step} of iteration {iteration}")
-                self._judge(iteration, step)
+                rest, damped = update(f"{self.name}: {step} of iteration {iteration}")
+                self._judge(iteration, step, rest, damped)
             improved = self.best is not None and self.best[0] < before * (1 - self.method.tolerance)
             stale = 0 if improved else stale + 1
             if stale >= self.method.patience:
@@ -153,58 +157,72 @@ class _Loop:
 
     def _start(self) -> None:
         what = f"{self.name}: initial factors"
-        self.factors = initial_factors(self.weight, self.basis, self.method, self.generator, what, self.jitters)
+        self._set_factors(initial_factors(self.weight, self.basis, self.method, self.generator, what, self.jitters))
         self.init_rank = self._dimensions()
+
+    def _set_factors(self, factors: Pair | None) -> None:
+        self.factors = factors
+        self.product = 0.0 if factors is None else factors.left.values.T @ factors.right.values
 
     def _dimensions(self) -> int:
         """Of the rank, how many the present factors have."""
-        return 0 if self.factors is None else self.factors[1].values.shape[0]
+        return 0 if self.factors is None else self.factors.right.values.shape[0]
 
-    def _update_factors(self, what: str) -> None:
-        """LPLR on what Q leaves. Factors that nothing has improved on yet, and warm ones, are where it starts."""
+    def _update_factors(self, what: str) -> tuple[Tensor, float]:
+        """LPLR on what Q leaves; W~ - Q - L R and its damped loss.
+
+        Factors that nothing has improved on yet, and warm ones, are where it starts.
+        """
         method, target = self.method, self.weight if self.q is None else self.weight - self.q.values
         if self.q is not None and not method.warm_start:
-            self.factors = None
+            self._set_factors(None)
         start = self.factors if self._dimensions() == method.rank else None
         right, options = self._right(target), (method.factor_quantizers, method.alternations, what)
-        self.factors = lplr(target, right, self.basis, *options, start, self.jitters)
+        self._set_factors(lplr(target, right, self.basis, *options, start, self.jitters))
+        return target - self.product, self.factors.loss
 
     def _right(self, target: Tensor) -> Tensor:
         """R (k, n) of the present factors; for dimensions that they lack, a regression of what they leave."""
         missing = self.method.rank - self._dimensions()
         if missing == 0:
-            return self.factors[1].values
-        rest = target - self._product()
+            return self.factors.right.values
+        rest = target - self.product
         right = starting_right(rest, self.basis, missing, self.generator, self.method.rotate)
-        return right if self.factors is None else torch.cat([self.factors[1].values, right])
+        return right if self.factors is None else torch.cat([self.factors.right.values, right])
 
-    def _update_q(self, what: str) -> None:
+    def _update_q(self, what: str) -> tuple[Tensor, float | None]:
+        """LDLQ on what L and R leave; W~ - Q - L R and its damped loss where the rounding knows it."""
         method, basis = self.method, self.basis
         if method.downdate and self.factors is not None:
-            basis = downdated(basis, self.factors[1].values, what, self.jitters)
-        quantizer, target = get_quantizer(method.q), self.weight - self._product()
+            basis = downdated(basis, self.factors.right.values, what, self.jitters)
+        quantizer, target = get_quantizer(method.q), self.weight - self.product
         self.q = ldlq(target, basis, quantizer)
         if method.tune_passes:
             self.q = tune(target, basis, quantizer, self.q, method.tune_passes)
+        return target - self.q.values, self.q.loss if basis is self.basis else None
 
-    def _product(self) -> Tensor | float:
-        return 0.0 if self.factors is None else self.factors[0].values.T @ self.factors[1].values
-
-    def _judge(self, iteration: int, step: str) -> None:
-        """Record the error after a half step and keep the iterate if it is complete and the best so far."""
-        rest = self.weight - self._product() - (0.0 if self.q is None else self.q.values)
-        error = relative(energy(rest, self.basis.moments), self.energy)
-        error = _defined(error, rest, f"{self.name}: {step} of iteration {iteration}")
+    def _judge(self, iteration: int, step: str, rest: Tensor, damped: float | None) -> None:
+        """Record the error of a half step and keep the iterate if it is complete and the best so far."""
+        lost = self._undamped(rest, damped)
+        error = _defined(relative(lost, self.energy), rest, f"{self.name}: {step} of iteration {iteration}")
         self.trace.append({"iteration": iteration, "step": step, "error": error})
         complete = (self.q is not None or not self.has_q) and self._dimensions() == self.method.rank
         if complete and (self.best is None or error < self.best[0]):
             self.best = (error, self.q, self.factors)
 
+    def _undamped(self, rest: Tensor, damped: float | None) -> float:
+        """tr(E H E^T) of E = `rest` (m, n), from its damped loss unless little of that remains: no product with H."""
+        if damped is not None:
+            lost = damped - self.basis.sigma * read(total(rest.square()))
+            if lost > CANCELLED * max(damped, self.energy * CANCELLED):
+                return lost
+        return energy(rest, self.basis.moments)
+
     def pack(self, unit: float) -> dict[str, Tensor]:
         """The best iterate's stored tensors, in the unit of W before it was divided by `unit`."""
         _, q, factors = self.best
         tensors, root = {}, unit**0.5
-        parts = {"q": (q, unit), "l": (factors and factors[0], root), "r": (factors and factors[1], root)}
+        parts = {"q": (q, unit), "l": (factors and factors.left, root), "r": (factors and factors.right, root)}
         for prefix, (part, scale) in parts.items():
             if part is not None:
                 quantizer = get_quantizer(getattr(self.method, prefix))

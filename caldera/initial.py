@@ -5,13 +5,13 @@ from torch import Tensor
 
 from caldera.basis import Basis, prepare, restricted
 from caldera.devices import read
-from caldera.lowrank import Factor, lplr, starting_right, top_subspace
+from caldera.lowrank import Pair, lplr, starting_right, top_subspace
 from caldera.method import Method
 
 
 def initial_factors(
     weight: Tensor, basis: Basis, method: Method, generator: torch.Generator, what: str, jitters: list
-) -> tuple[Factor, Factor] | None:
+) -> Pair | None:
     """Rounded L^T (k, m) and R (k, n) near W~ (m, n) under the moments of `method.init`; None to start from nothing."""
     k = initial_rank(weight, basis, method, generator)
     if k == 0:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded
 from caldera.devices import over_rows, read
-from caldera.linalg import diagonal_blocks, energy
+from caldera.linalg import total
 from caldera.quantizers import Half, Quantizer, Scales
 from caldera.quantizers.base import compiled
 
@@ -27,11 +27,15 @@ WIDER = 1.2
 
 
 class Rounded(NamedTuple):
-    """Codes (m, n / g), the scales they were fitted with, and the values (m, n) they stand for."""
+    """Codes (m, n / g), the scales they were fitted with, and the values (m, n) they stand for.
+
+    `loss` is tr(E (H + sigma I) E^T) of E = W~ - Q where the rounding gave it away.
+    """
 
     codes: Tensor
     scales: Scales
     values: Tensor
+    loss: float | None = None
 
 
 def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | None = None) -> Rounded:
@@ -42,12 +46,10 @@ def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | No
     if scales is not None:
         return _walk(weight, basis, quantizer, scales)
     found = _walk(weight, basis, quantizer, quantizer.fit(weight))
-    loss = energy(weight - found.values, basis.damped)
     limit = OVERLOAD * _expected_loss(weight, basis, quantizer, found.scales)
-    while loss > limit:
+    while found.loss > limit:
         wider = _walk(weight, basis, quantizer, found.scales.times(WIDER))
-        before, loss = loss, energy(weight - wider.values, basis.damped)
-        if not loss < before:
+        if not wider.loss < found.loss:
             break
         found = wider
     return found
@@ -55,44 +57,53 @@ def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | No
 
 def _expected_loss(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> float:
     """The loss if every rounding had the codebook's error on a Gaussian: mean squared error x tr(D) for each row."""
-    if isinstance(quantizer, Half) or not read(basis.feedback(quantizer.group).abs().max()) > 1e-3:
+    feedback = basis.feedback(quantizer.group)
+    if isinstance(quantizer, Half) or not feedback.largest > 1e-3:
         return float("inf")  # no edge to speak of, or nothing that is fed back
-    m, group = weight.shape[0], quantizer.group
-    d = diagonal_blocks(padded(basis.chol, group), group).square().sum(-1).reshape(1, -1)  # diagonal of D
+    m, d = weight.shape[0], feedback.blocks.square().sum(-1).reshape(1, -1)  # diagonal of D
     variance = (quantizer.columns(scales, d.shape[1]).scale * quantizer.codebook.gaussian_scale).square()
-    return read((variance.expand(m, d.shape[1]) * d).sum(dtype=torch.float64)) * quantizer.codebook.gaussian_mse
+    return read(total(variance.expand(m, d.shape[1]) * d)) * quantizer.codebook.gaussian_mse
 
 
 def _walk(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> Rounded:
-    m, n = weight.shape
-    work = pad(weight, (0, -n % quantizer.group)).contiguous()
-    feedback, target, values = basis.feedback(quantizer.group), work.clone(), torch.empty_like(work)
-    codes = torch.empty(m, work.shape[1] // quantizer.group, dtype=torch.int64, device=work.device)
-    columns = quantizer.columns(scales, work.shape[1])
+    """LDLQ with given scales. Inside, everything is transposed, (columns, rows): rows are what is done side by side."""
+    (m, n), group, feedback = weight.shape, quantizer.group, basis.feedback(quantizer.group)
+    work = _transposed(weight, group)
+    target, values = work.clone(), torch.empty_like(work)
+    codes = torch.empty(len(work) // group, m, dtype=torch.int64, device=work.device)
+    columns = quantizer.columns(scales, len(work))
     walk = _ldlq_panel_compiled if compiled(quantizer.codebook, work) else _ldlq_panel
-    for first, last in _panels(work.shape[1]):
-        walk(quantizer, columns, work, target, feedback, first, last, values, codes)
+    for first, last in _panels(len(work)):
+        walk(quantizer, columns, work, target, feedback.matrix, first, last, values, codes)
         if first:
-            target[:, :first] += (work[:, first:last] - values[:, first:last]) @ feedback[first:last, :first]
-    return Rounded(codes, scales, values[:, :n])
+            target[:first].addmm_(feedback.matrix[first:last, :first].T, work[first:last] - values[first:last])
+    # E M = target - Q is what was lost when each column was rounded, and E H E^T = (E M) D (E M)^T
+    lost = feedback.blocks.mT @ (target - values).reshape(-1, group, m)
+    loss = read(total(lost.square()) - total(values[n:].square()))  # columns that were added have moments of 1
+    return Rounded(codes.T.contiguous(), scales, values[:n].T.contiguous(), loss)
+
+
+def _transposed(x: Tensor, group: int) -> Tensor:
+    """x (m, n) as (p, m), zeros added up to p, a multiple of the group."""
+    return pad(x.T, (0, 0, 0, -x.shape[1] % group)).contiguous()
 
 
 def tune(weight: Tensor, basis: Basis, quantizer: Quantizer, start: Rounded, passes: int) -> Rounded:
     """`passes` passes of coordinate descent from `start`; the damped loss never rises."""
-    n = weight.shape[1]
-    short = -n % quantizer.group
-    work, values, codes = pad(weight, (0, short)), pad(start.values, (0, short)).contiguous(), start.codes.clone()
-    moments, inverses = padded(basis.damped, quantizer.group), basis.block_inverses(quantizer.group)
-    columns = quantizer.columns(start.scales, work.shape[1])
+    n, group = weight.shape[1], quantizer.group
+    work, values = _transposed(weight, group), _transposed(start.values, group).clone()
+    codes = start.codes.T.clone(memory_format=torch.contiguous_format)
+    moments, inverses = padded(basis.damped, group), basis.block_inverses(group)
+    columns = quantizer.columns(start.scales, len(work))
     walk = _tune_panel_compiled if compiled(quantizer.codebook, work) else _tune_panel
     for _ in range(passes):
-        gradient = (work - values) @ moments
-        for first, last in _panels(work.shape[1]):
-            before = values[:, first:last].clone()
+        gradient = moments @ (work - values)
+        for first, last in _panels(len(work)):
+            before = values[first:last].clone()
             walk(quantizer, columns, gradient, moments, inverses, first, last, values, codes)
             if first:
-                gradient[:, :first] += (before - values[:, first:last]) @ moments[first:last, :first]
-    return Rounded(codes, start.scales, values[:, :n])
+                gradient[:first].addmm_(moments[first:last, :first].T, before - values[first:last])
+    return Rounded(codes.T.contiguous(), start.scales, values[:n].T.contiguous())
 
 
 def _panels(n: int) -> list[tuple[int, int]]:
@@ -115,22 +126,22 @@ def _edges(quantizer: Quantizer, rows: int) -> list[int] | None:
 def _ldlq_panel_compiled(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
     arrays = [t.numpy() for t in (work, target, feedback, *columns)]
     rest = (quantizer.codebook.kernel(), first, last, values.numpy(), codes.numpy())
-    rows = work.shape[0]
+    rows = work.shape[1]
     over_rows(_loops(quantizer).ldlq_panel, rows, *arrays, *rest, edges=_edges(quantizer, rows))
 
 
 def _tune_panel_compiled(quantizer, columns, gradient, moments, inverses, first, last, values, codes) -> None:
     arrays = [t.numpy() for t in (gradient, moments, inverses, *columns)]
     rest = (quantizer.codebook.kernel(), first, last, values.numpy(), codes.numpy())
-    rows = gradient.shape[0]
+    rows = gradient.shape[1]
     over_rows(_loops(quantizer).tune_panel, rows, *arrays, *rest, edges=_edges(quantizer, rows))
 
 
 def _nearest(quantizer, columns: Scales, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-    """Codes (m,) and values (m, g) of the codewords nearest to x (m, g), the columns `at` of the matrix."""
+    """Codes (m,) and values (g, m) of the codewords nearest to x (g, m), the columns `at` of the matrix, transposed."""
     scale, zero = (t[:, at] if t.shape[1] > 1 else t for t in columns)
-    codes = quantizer.codebook.encode(torch.where(scale > 0, (x - zero) / scale, 0.0))
-    return codes, quantizer.codebook.decode(codes) * scale + zero
+    codes = quantizer.codebook.encode(torch.where(scale > 0, (x.T - zero) / scale, 0.0))
+    return codes, (quantizer.codebook.decode(codes) * scale + zero).T
 
 
 def _ldlq_panel(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
@@ -138,8 +149,8 @@ def _ldlq_panel(quantizer, columns, work, target, feedback, first, last, values,
     group = quantizer.group
     for column in range(last - group, first - 1, -group):
         at = slice(column, column + group)
-        codes[:, column // group], values[:, at] = _nearest(quantizer, columns, target[:, at], at)
-        target[:, first:column] += (work[:, at] - values[:, at]) @ feedback[at, first:column]
+        codes[column // group], values[at] = _nearest(quantizer, columns, target[at], at)
+        target[first:column] += feedback[at, first:column].T @ (work[at] - values[at])
 
 
 def _tune_panel(quantizer, columns, gradient, moments, inverses, first, last, values, codes) -> None:
@@ -147,13 +158,13 @@ def _tune_panel(quantizer, columns, gradient, moments, inverses, first, last, va
     group = quantizer.group
     for column in range(last - group, first - 1, -group):
         at, block = slice(column, column + group), column // group
-        found, new = _nearest(quantizer, columns, values[:, at] + gradient[:, at] @ inverses[block], at)
-        move = values[:, at] - new
-        change = (move * (2 * gradient[:, at] + move @ moments[at, at])).sum(1)
+        found, new = _nearest(quantizer, columns, values[at] + inverses[block].T @ gradient[at], at)
+        move = values[at] - new
+        change = (move * (2 * gradient[at] + moments[at, at] @ move)).sum(0)
         better = _jointly(quantizer, change) < 0
-        codes[:, block] = torch.where(better, found, codes[:, block])
-        values[:, at] = torch.where(better[:, None], new, values[:, at])
-        gradient[:, first:last] += torch.where(better[:, None], move, 0.0) @ moments[at, first:last]
+        codes[block] = torch.where(better, found, codes[block])
+        values[at] = torch.where(better, new, values[at])
+        gradient[first:last] += moments[at, first:last].T @ torch.where(better, move, 0.0)
 
 
 def _jointly(quantizer: Quantizer, change: Tensor) -> Tensor:

@@ -19,6 +19,25 @@ def require_finite(x: Tensor, what: str) -> None:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK's sums depend on the number of threads, those of matrix products do not: with this, results do not either.
+
+    What the factorisations lose by it is small beside the products around them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of x (m, ...) in float64, row by row first, so that it does not depend on the number of threads."""
+    return x.sum(-1, dtype=torch.float64).sum()
+
+
+@contextmanager
 def named(what: str) -> Iterator[None]:
     """A QR or SVD that does not converge inside the block becomes a NumericalError that begins with `what`."""
     try:
@@ -37,7 +56,9 @@ def damped_cholesky(
     """
     start = sigma
     while True:
-        factor, info = torch.linalg.cholesky_ex(h + sigma * torch.eye(h.shape[0], dtype=h.dtype, device=h.device))
+        damped = h + sigma * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+        with one_thread():
+            factor, info = torch.linalg.cholesky_ex(damped)
         if not read(info) > 0 and not read((~torch.isfinite(factor)).sum()) > 0:
             if sigma > start and jitters is not None:
                 jitters.append({"what": what, "jitter": sigma})
@@ -63,7 +84,7 @@ def solve_gram(gram: Tensor, right: Tensor, what: str, jitters: list | None = No
 
 def energy(x: Tensor, moments: Tensor) -> float:
     """tr(X H X^T) of X (m, n)."""
-    return read(((x @ moments) * x).sum(dtype=torch.float64))
+    return read(total((x @ moments) * x))
 
 
 def relative(lost: float, all_of_it: float) -> float:

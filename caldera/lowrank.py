@@ -1,13 +1,14 @@
 """Low-rank factors: rank-constrained regression (Xiang et al. 2012) and LPLR, its alternation with rounded factors."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from caldera.basis import Basis
 from caldera.devices import read
-from caldera.linalg import solve_gram
+from caldera.linalg import one_thread, solve_gram, total
 from caldera.quantizers import Half, Quantizer
 
 POWER_ITERATIONS = 3
@@ -34,14 +35,24 @@ def top_subspace(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, k), S (k,), V (n, k) of the k largest singular values of x (m, n), by randomized subspace iteration."""
     if 2 * (k + OVERSAMPLING) >= min(x.shape):
-        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        u, s, vt = _svd(x)
         return u[:, :k], s[:k], vt[:k].T
     probe = torch.randn(x.shape[1], k + OVERSAMPLING, generator=generator).to(x.device)
-    q = torch.linalg.qr(x @ probe).Q
+    q = _orthonormal(x @ probe)
     for _ in range(power_iterations):
-        q = torch.linalg.qr(x @ torch.linalg.qr(x.T @ q).Q).Q
-    u, s, vt = torch.linalg.svd(q.T @ x, full_matrices=False)
+        q = _orthonormal(x @ _orthonormal(x.T @ q))
+    u, s, vt = _svd(q.T @ x)
     return (q @ u)[:, :k], s[:k], vt[:k].T
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    with one_thread():
+        return torch.linalg.qr(x).Q
+
+
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with one_thread():
+        return torch.linalg.svd(x, full_matrices=False)
 
 
 def rank_constrained_regression(a: Tensor, basis: Basis, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -67,7 +78,7 @@ def rotated(left: Tensor, right: Tensor, generator: torch.Generator) -> tuple[Te
     With one scale a factor the rounding error of the product falls from sum s_i^2 to (sum s_i)^2 / k.
     """
     k = left.shape[1]
-    g = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64)).Q.float().to(left.device)
+    g = _orthonormal(torch.randn(k, k, generator=generator, dtype=torch.float64)).float().to(left.device)
     return left @ g, g.T @ right
 
 
@@ -80,7 +91,7 @@ class Regression:
 
     def __post_init__(self) -> None:
         self.a_h = self.a @ self.basis.damped
-        self.energy = (self.a_h * self.a).sum(dtype=torch.float64)
+        self.energy = total(self.a_h * self.a)
 
     def products(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """A H R^T (m, k) and R H R^T (k, k)."""
@@ -89,8 +100,15 @@ class Regression:
 
     def loss(self, left: Tensor, cross: Tensor, gram: Tensor) -> float:
         """tr((A - L R) H (A - L R)^T) from the products of R."""
-        fit = (left * cross).sum(dtype=torch.float64)
-        return read(self.energy - 2 * fit + ((left.T @ left) * gram).sum(dtype=torch.float64))
+        return read(self.energy - 2 * total(left * cross) + total((left.T @ left) * gram))
+
+
+class Pair(NamedTuple):
+    """Rounded L^T (k, m) and R (k, n), and the damped loss tr((A - L R) (H + sigma I) (A - L R)^T)."""
+
+    left: Factor
+    right: Factor
+    loss: float
 
 
 def lplr(
@@ -100,28 +118,28 @@ def lplr(
     quantizers: tuple,
     iterations: int,
     what: str,
-    start: tuple | None = None,
+    start: Pair | None = None,
     jitters: list | None = None,
-) -> tuple[Factor, Factor]:
+) -> Pair:
     """Rounded L^T (k, m) and R (k, n) near A (m, n), alternating from R (k, n): each is solved for, then rounded.
 
     L <- round(A H R^T (R H R^T)^-1), R <- round((L^T L)^-1 L^T A) (Saha et al. 2023). The best pair met is returned;
     `start`, a pair that exists already, is one of those. Damping that a solve needs is noted in `jitters`.
     """
     (q_left, q_right), problem, found = quantizers, Regression(a, basis), None
-    factor = Factor.round(right, q_right) if start is None else start[1]
+    factor = Factor.round(right, q_right) if start is None else start.right
     products = problem.products(factor.values)
     if start is not None:
-        found = (problem.loss(start[0].values.T, *products), *start)
+        found = Pair(start.left, factor, problem.loss(start.left.values.T, *products))
     for _ in range(iterations):
         left = Factor.round(solve_gram(products[1], products[0].T, what, jitters), q_left)
-        found = _better(found, problem.loss(left.values.T, *products), left, factor)
+        found = _better(found, Pair(left, factor, problem.loss(left.values.T, *products)))
         solved = solve_gram(left.values @ left.values.T, left.values @ a, what, jitters)
         factor = Factor.round(solved, q_right)
         products = problem.products(factor.values)
-        found = _better(found, problem.loss(left.values.T, *products), left, factor)
-    return found[1], found[2]
+        found = _better(found, Pair(left, factor, problem.loss(left.values.T, *products)))
+    return found
 
 
-def _better(found: tuple | None, loss: float, left: Factor, right: Factor) -> tuple:
-    return (loss, left, right) if found is None or loss < found[0] else found
+def _better(found: Pair | None, other: Pair) -> Pair:
+    return other if found is None or other.loss < found.loss else found

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from caldera.basis import Basis, padded, prepare
 from caldera.decompose import Method, _generator
 from caldera.devices import read
-from caldera.linalg import diagonal_blocks, relative
+from caldera.linalg import relative
 from caldera.lowrank import top_subspace
 from caldera.quantizers import get_quantizer
 from caldera.quantizers.trellis import RUN
@@ -141,7 +141,7 @@ class _Backbone:
     def __init__(self, target: _Target, basis: Basis, method: Method, generator: torch.Generator) -> None:
         self.rows, self.basis, self.quantizer = target.mix.shape[1], basis, get_quantizer(method.q)
         group = self.quantizer.group
-        self.blocks = diagonal_blocks(padded(basis.chol, group), group)
+        self.blocks = basis.feedback(group).blocks
         self.weights = self.blocks.square().sum((1, 2))  # tr of D's blocks
         error = self._fixed_point(target, generator)
         scale = self.rows / PROBES
@@ -154,7 +154,7 @@ class _Backbone:
     def _fixed_point(self, target: _Target, generator: torch.Generator) -> Tensor:
         """Errors E (2 PROBES, p) of the sketched rows and of rows of noise."""
         group, unit = self.quantizer.group, self._unit(target.variance)
-        feedback = self.basis.feedback(group)
+        feedback = self.basis.feedback(group).matrix
         probes = pad(target.probes, (0, feedback.shape[0] - self.basis.n))
         noise, back = _noise(*probes.shape, generator, probes), torch.zeros_like(probes).repeat(2, 1)
         own = self._per_block(target.variance)

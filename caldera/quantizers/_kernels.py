@@ -290,99 +290,111 @@ def encode(x, book, codes, start, stop):
         _nearest(z, n, out, codes[row : row + n], book, work, extra)
 
 
-@njit(cache=True, nogil=True)
-def _carry(errors, lane, rows, target):
-    """target (p,) += errors[:, lane] @ rows (g, p); a group of eight in one sweep, so that target is read once."""
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _carry(errors, n, rows, target, top):
+    """target[c, top:top + n] += rows[:, c] @ errors (g, n) for every c; a group of eight in one sweep over target."""
     if errors.shape[0] == 8:
-        e0, e1, e2, e3 = errors[0, lane], errors[1, lane], errors[2, lane], errors[3, lane]
-        e4, e5, e6, e7 = errors[4, lane], errors[5, lane], errors[6, lane], errors[7, lane]
-        for c in range(target.shape[0]):
-            low = (e0 * rows[0, c] + e1 * rows[1, c]) + (e2 * rows[2, c] + e3 * rows[3, c])
-            high = (e4 * rows[4, c] + e5 * rows[5, c]) + (e6 * rows[6, c] + e7 * rows[7, c])
-            target[c] += low + high
+        e0, e1, e2, e3, e4, e5, e6, e7 = (
+            errors[0], errors[1], errors[2], errors[3], errors[4], errors[5], errors[6], errors[7],
+        )  # fmt: skip
+        for c in range(rows.shape[1]):
+            f0, f1, f2, f3 = rows[0, c], rows[1, c], rows[2, c], rows[3, c]
+            f4, f5, f6, f7 = rows[4, c], rows[5, c], rows[6, c], rows[7, c]
+            out = target[c, top : top + n]
+            for lane in range(n):
+                low = (f0 * e0[lane] + f1 * e1[lane]) + (f2 * e2[lane] + f3 * e3[lane])
+                high = (f4 * e4[lane] + f5 * e5[lane]) + (f6 * e6[lane] + f7 * e7[lane])
+                out[lane] += low + high
     else:
-        for i in range(errors.shape[0]):
-            e = errors[i, lane]
-            for c in range(target.shape[0]):
-                target[c] += e * rows[i, c]
+        for c in range(rows.shape[1]):
+            out = target[c, top : top + n]
+            for i in range(errors.shape[0]):
+                f, e = rows[i, c], errors[i]
+                for lane in range(n):
+                    out[lane] += f * e[lane]
 
 
 @njit(cache=True, nogil=True)
-def _scale_of(scale, row, column):
-    """The entry that serves (row, column) of an array with one or all rows, and one or all columns."""
-    return scale[row if scale.shape[0] > 1 else 0, column if scale.shape[1] > 1 else 0]
+def _scales_at(scale, zero, column, top, n, found):
+    """Scales, their inverses and zeros of the lanes' rows top..top + n at a column, from arrays (1 | m, 1 | n)."""
+    at = column if scale.shape[1] > 1 else 0
+    for lane in range(n):
+        row = top + lane if scale.shape[0] > 1 else 0
+        s = scale[row, at]
+        found[0, lane], found[1, lane], found[2, lane] = s, (ONE / s if s > F0 else F0), zero[row, at]
 
 
 @njit(cache=True, nogil=True)
 def ldlq_panel(weight, target, feedback, scale, zero, book, first, last, values, codes, start, stop):
-    """LDLQ over the columns first..last of the rows start..stop; feedback from later columns is in `target` already."""
-    group = weight.shape[1] // codes.shape[1]
+    """LDLQ over the columns first..last of the rows start..stop; feedback from later columns is in `target` already.
+
+    All but scales and feedback are transposed, (columns, rows): a lane is a row, and neighbours lie side by side.
+    """
+    group = weight.shape[0] // codes.shape[0]
     work, extra = _scratch()
     z, out = np.empty((group, LANES), np.float32), np.empty((group, LANES), np.float32)
-    found = np.empty(LANES, np.int64)
+    found, scales = np.empty(LANES, np.int64), np.empty((3, LANES), np.float32)
     for top in range(start, stop, LANES):
         n = min(LANES, stop - top)
         for column in range(last - group, first - group, -group):
-            for lane in range(n):
-                s, offset = _scale_of(scale, top + lane, column), _scale_of(zero, top + lane, column)
-                inverse = ONE / s if s > F0 else F0
-                for i in range(group):
-                    z[i, lane] = (target[top + lane, column + i] - offset) * inverse
+            _scales_at(scale, zero, column, top, n, scales)
+            for i in range(group):
+                wanted = target[column + i, top : top + n]
+                for lane in range(n):
+                    z[i, lane] = (wanted[lane] - scales[2, lane]) * scales[1, lane]
             _nearest(z, n, out, found, book, work, extra)
-            rows = feedback[column : column + group, first:column]
-            for lane in range(n):
-                row = top + lane
-                s, offset = _scale_of(scale, row, column), _scale_of(zero, row, column)
-                codes[row, column // group] = found[lane]
-                for i in range(group):
-                    values[row, column + i] = out[i, lane] * s + offset
-                    z[i, lane] = weight[row, column + i] - values[row, column + i]
-                _carry(z, lane, rows, target[row, first:column])
+            codes[column // group, top : top + n] = found[:n]
+            for i in range(group):
+                value, exact = values[column + i, top : top + n], weight[column + i, top : top + n]
+                for lane in range(n):
+                    value[lane] = out[i, lane] * scales[0, lane] + scales[2, lane]
+                    z[i, lane] = exact[lane] - value[lane]
+            _carry(z, n, feedback[column : column + group, first:column], target[first:column], top)
 
 
 @njit(cache=True, nogil=True)
 def tune_panel(gradient, moments, inverses, scale, zero, book, first, last, values, codes, start, stop):
     """One pass of coordinate descent over the columns first..last: a group moves only where the loss falls.
 
-    gradient = (W - Q) H, kept current inside the panel; inverses (n/g, g, g) are those of H's diagonal blocks.
+    gradient = H (W - Q)^T, kept current inside the panel; inverses (n/g, g, g) are those of H's diagonal blocks. All
+    but these, H and the scales are transposed, (columns, rows).
     """
-    group = values.shape[1] // codes.shape[1]
+    group = values.shape[0] // codes.shape[0]
     work, extra = _scratch()
     z, out = np.empty((group, LANES), np.float32), np.empty((group, LANES), np.float32)
-    found = np.empty(LANES, np.int64)
+    found, scales = np.empty(LANES, np.int64), np.empty((3, LANES), np.float32)
     for top in range(start, stop, LANES):
         n = min(LANES, stop - top)
         for column in range(last - group, first - group, -group):
             block = inverses[column // group]
-            for lane in range(n):
-                row = top + lane
-                s, offset = _scale_of(scale, row, column), _scale_of(zero, row, column)
-                inverse = ONE / s if s > F0 else F0
-                for i in range(group):
+            _scales_at(scale, zero, column, top, n, scales)
+            for i in range(group):
+                for lane in range(n):
                     step = F0
                     for j in range(group):
-                        step += gradient[row, column + j] * block[j, i]
-                    z[i, lane] = (values[row, column + i] + step - offset) * inverse
+                        step += gradient[column + j, top + lane] * block[j, i]
+                    z[i, lane] = (values[column + i, top + lane] + step - scales[2, lane]) * scales[1, lane]
             _nearest(z, n, out, found, book, work, extra)
+            moved = False
             for lane in range(n):
                 row = top + lane
-                if found[lane] == codes[row, column // group]:
-                    continue
-                s, offset = _scale_of(scale, row, column), _scale_of(zero, row, column)
                 for i in range(group):
-                    z[i, lane] = values[row, column + i] - (out[i, lane] * s + offset)
+                    z[i, lane] = values[column + i, row] - (out[i, lane] * scales[0, lane] + scales[2, lane])
                 change = F0
                 for i in range(group):
-                    curve = TWO * gradient[row, column + i]
+                    curve = TWO * gradient[column + i, row]
                     for j in range(group):
                         curve += moments[column + i, column + j] * z[j, lane]
                     change += z[i, lane] * curve
-                if change >= F0:
+                if found[lane] == codes[column // group, row] or change >= F0:
+                    z[:, lane] = F0
                     continue
-                codes[row, column // group] = found[lane]
+                moved = True
+                codes[column // group, row] = found[lane]
                 for i in range(group):
-                    values[row, column + i] = out[i, lane] * s + offset
-                _carry(z, lane, moments[column : column + group, first:last], gradient[row, first:last])
+                    values[column + i, row] = out[i, lane] * scales[0, lane] + scales[2, lane]
+            if moved:
+                _carry(z, n, moments[column : column + group, first:last], gradient[first:last], top)
 
 
 def no_tables() -> tuple[np.ndarray, np.ndarray]:

@@ -154,15 +154,22 @@ def _scale_of(scale, row, column):
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _carry(error, row, target):
-    for c in range(target.shape[0]):
-        target[c] += error * row[c]
+def _carry(errors, row, target, top):
+    """target[c, top:top + T] += row[c] errors (T,) for every c."""
+    n = errors.shape[0]
+    for c in range(row.shape[0]):
+        out, factor = target[c, top : top + n], row[c]
+        for i in range(n):
+            out[i] += factor * errors[i]
 
 
 @njit(cache=True, nogil=True)
 def ldlq_panel(weight, target, feedback, scale, zero, book, first, last, values, codes, start, stop):
-    """LDLQ over the columns first..last of the rows start..stop; feedback from later columns is in `target` already."""
-    scratch, m = _scratch(book[0]), weight.shape[0]
+    """LDLQ over the columns first..last of the rows start..stop; feedback from later columns is in `target` already.
+
+    All but scales and feedback are transposed, (columns, rows): a sequence lies side by side.
+    """
+    scratch, m = _scratch(book[0]), weight.shape[1]
     x, found, out = np.empty(RUN, np.float32), np.empty(RUN, np.int64), np.empty(RUN, np.float32)
     for part in range(-(-m // RUN)):
         top, end = _edge(m, part), _edge(m, part + 1)
@@ -172,20 +179,23 @@ def ldlq_panel(weight, target, feedback, scale, zero, book, first, last, values,
         for column in range(last - 1, first - 1, -1):
             for i in range(n):
                 s = _scale_of(scale, top + i, column)
-                x[i] = (target[top + i, column] - _scale_of(zero, top + i, column)) / s if s > F0 else F0
+                x[i] = (target[column, top + i] - _scale_of(zero, top + i, column)) / s if s > F0 else F0
             _encode_run(x[:n], _is_short(m, book[0]), book, scratch, found[:n], out[:n])
             for i in range(n):
                 row = top + i
-                codes[row, column] = found[i]
-                values[row, column] = out[i] * _scale_of(scale, row, column) + _scale_of(zero, row, column)
-                error = weight[row, column] - values[row, column]
-                _carry(error, feedback[column, first:column], target[row, first:column])
+                codes[column, row] = found[i]
+                values[column, row] = out[i] * _scale_of(scale, row, column) + _scale_of(zero, row, column)
+                out[i] = weight[column, row] - values[column, row]
+            _carry(out[:n], feedback[column, first:column], target[first:column], top)
 
 
 @njit(cache=True, nogil=True)
 def tune_panel(gradient, moments, inverses, scale, zero, book, first, last, values, codes, start, stop):
-    """One pass of coordinate descent over the columns first..last: a sequence moves only where the loss falls."""
-    scratch, m = _scratch(book[0]), values.shape[0]
+    """One pass of coordinate descent over the columns first..last: a sequence moves only where the loss falls.
+
+    gradient = H (W - Q)^T, kept current inside the panel; all but H and the scales are transposed, (columns, rows).
+    """
+    scratch, m = _scratch(book[0]), values.shape[1]
     x, found, out = np.empty(RUN, np.float32), np.empty(RUN, np.int64), np.empty(RUN, np.float32)
     for part in range(-(-m // RUN)):
         top, end = _edge(m, part), _edge(m, part + 1)
@@ -197,19 +207,20 @@ def tune_panel(gradient, moments, inverses, scale, zero, book, first, last, valu
             for i in range(n):
                 row = top + i
                 s, offset = _scale_of(scale, row, column), _scale_of(zero, row, column)
-                wanted = values[row, column] + gradient[row, column] * step - offset
+                wanted = values[column, row] + gradient[column, row] * step - offset
                 x[i] = wanted / s if s > F0 else F0
             _encode_run(x[:n], _is_short(m, book[0]), book, scratch, found[:n], out[:n])
             change = F0
             for i in range(n):
                 row = top + i
                 out[i] = out[i] * _scale_of(scale, row, column) + _scale_of(zero, row, column)
-                move = values[row, column] - out[i]
-                change += move * (gradient[row, column] + gradient[row, column] + move * curve)
+                move = values[column, row] - out[i]
+                change += move * (gradient[column, row] + gradient[column, row] + move * curve)
             if change >= F0:
                 continue
             for i in range(n):
                 row = top + i
-                move = values[row, column] - out[i]
-                codes[row, column], values[row, column] = found[i], out[i]
-                _carry(move, moments[column, first:last], gradient[row, first:last])
+                move = values[column, row] - out[i]
+                codes[column, row], values[column, row] = found[i], out[i]
+                out[i] = move
+            _carry(out[:n], moments[column, first:last], gradient[first:last], top)

@@ -4,6 +4,7 @@ A value x is stored as a code and read back as `scale * codebook[code] + zero`. 
 scale as it is stored, so that what was fitted is what is deployed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -166,7 +167,15 @@ class Quantizer:
 
 def gaussian_fit(x: Tensor, gaussian_scale: float) -> Tensor:
     """The scale (granules, 1) of x (granules, values) at which its deviation is the codebook's best for a Gaussian."""
-    return x.square().mean(1, keepdim=True).sqrt() / gaussian_scale
+    return _mean_square(x).sqrt() / gaussian_scale
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """(granules, 1) of x (granules, values), in two steps: long sums depend on the number of threads."""
+    width = x.shape[1]
+    part = max(math.isqrt(width), 1024)
+    parts = torch.nn.functional.pad(x, (0, -width % part)).reshape(len(x), -1, part)
+    return parts.square().sum(2).sum(1, keepdim=True) / width
 
 
 def compiled(codebook: Codebook, like: Tensor) -> tuple | None:
