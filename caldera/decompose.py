@@ -1,6 +1,5 @@
 """The CALDERA decomposition W ~ Q + L R of one matrix (Saha et al., NeurIPS 2024, arXiv 2405.18886)."""
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from caldera.linalg import energy, named, power_of_4, relative, require_finite, 
 from caldera.lowrank import Pair, lplr, starting_right
 from caldera.method import Method
 from caldera.packed import MatrixSpec, PackedMatrix
+from caldera.problem import Problem, generator_of
 from caldera.quantizers import get_quantizer
 
 # A loss that is this small a part of the terms it is the difference of is computed anew.
@@ -68,11 +68,18 @@ def relative_error(weight: Tensor, approximation: Tensor, moments: Tensor) -> fl
 
 
 def decompose(
-    weight: Tensor, moments: Tensor, method: Method, *, name: str = "matrix", basis: Basis | None = None
+    weight: Tensor,
+    moments: Tensor,
+    method: Method,
+    *,
+    name: str = "matrix",
+    basis: Basis | None = None,
+    problem: Problem | None = None,
 ) -> Decomposition:
     """Decompose W (m, n) given H = E[x x^T] (n, n) of its inputs; neither is changed.
 
-    `basis`, from `prepare`, is shared by matrices with the same inputs. Raises UserError for a rank above
+    `basis`, from `prepare`, is shared by matrices with the same inputs, `problem`, from `Problem.of`, by decompositions
+    of one matrix at several ranks and bits. Raises UserError for a rank above
     min(m, n), NumericalError for NaN, infinity, or moments that cannot be factorised, naming the matrix.
     """
     weight, moments = weight.detach(), moments.detach()
@@ -84,11 +91,10 @@ def decompose(
     basis = prepare(moments, name=name, **method.basis_options) if basis is None else basis
     _check_basis(basis, weight, method, name)
     spec = method.spec(tuple(weight.shape), name, basis.name)
-    unit = power_of_4(weight)
-    loop = _Loop(basis.forward(weight / unit, name), basis, method, name)
+    loop = _Loop(Problem.of(weight, basis, name) if problem is None else problem, method)
     with named(name):
         loop.run()
-    packed = PackedMatrix(spec, loop.pack(unit))
+    packed = PackedMatrix(spec, loop.pack())
     error = _defined(relative_error(weight, packed.dequantize(), moments), weight, name)
     return Decomposition(packed, error, loop.trace, basis.sigma, basis.jitters + loop.jitters, loop.init_rank)
 
@@ -113,19 +119,12 @@ def _defined(error: float, like: Tensor, name: str) -> float:
     return error
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.shake_256(f"{seed}/{name}".encode()).digest(8)
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
 @dataclass
 class _Loop:
     """The alternating minimisation in the basis' coordinates; `best` is the best (error, Q, L and R) met."""
 
-    weight: Tensor
-    basis: Basis
+    problem: Problem
     method: Method
-    name: str
     trace: list[dict] = field(default_factory=list)
     jitters: list[dict] = field(default_factory=list)
     q: Rounded | None = None
@@ -135,7 +134,8 @@ class _Loop:
     init_rank: int = 0
 
     def __post_init__(self) -> None:
-        self.generator = _generator(self.method.seed, self.name)
+        self.weight, self.basis, self.name = self.problem.weight, self.problem.basis, self.problem.name
+        self.generator = generator_of(self.method.seed, self.name)
         self.energy = energy(self.weight, self.basis.moments)
         self.has_q, self.has_factors = self.method.q != "none", self.method.rank > 0
 
@@ -186,8 +186,10 @@ class _Loop:
         missing = self.method.rank - self._dimensions()
         if missing == 0:
             return self.factors.right.values
-        rest = target - self.product
-        right = starting_right(rest, self.basis, missing, self.generator, self.method.rotate)
+        # the first regression is one of W alone, which all ranks share
+        leading = self.problem.subspace(missing) if self.q is None and self.factors is None else None
+        options = (self.generator, self.method.rotate, leading)
+        right = starting_right(target - self.product, self.basis, missing, *options)
         return right if self.factors is None else torch.cat([self.factors.right.values, right])
 
     def _update_q(self, what: str) -> tuple[Tensor, float | None]:
@@ -218,10 +220,10 @@ class _Loop:
                 return lost
         return energy(rest, self.basis.moments)
 
-    def pack(self, unit: float) -> dict[str, Tensor]:
-        """The best iterate's stored tensors, in the unit of W before it was divided by `unit`."""
+    def pack(self) -> dict[str, Tensor]:
+        """The best iterate's stored tensors, in the unit of W."""
         _, q, factors = self.best
-        tensors, root = {}, unit**0.5
+        tensors, unit, root = {}, self.problem.unit, self.problem.unit**0.5
         parts = {"q": (q, unit), "l": (factors and factors.left, root), "r": (factors and factors.right, root)}
         for prefix, (part, scale) in parts.items():
             if part is not None:

@@ -30,19 +30,29 @@ class Factor:
         return cls(codes, scales, quantizer.decode(codes, scales, x.shape[1]))
 
 
-def top_subspace(
-    x: Tensor, k: int, generator: torch.Generator, power_iterations: int = POWER_ITERATIONS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, k), S (k,), V (n, k) of the k largest singular values of x (m, n), by randomized subspace iteration."""
+class Subspace(NamedTuple):
+    """U (m, k), S (k,), V (n, k) of the largest singular values of a matrix (m, n)."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    def first(self, k: int) -> "Subspace":
+        """The k largest."""
+        return Subspace(self.u[:, :k], self.s[:k], self.v[:, :k])
+
+
+def top_subspace(x: Tensor, k: int, generator: torch.Generator, power_iterations: int = POWER_ITERATIONS) -> Subspace:
+    """The k largest singular values of x (m, n), by randomized subspace iteration."""
     if 2 * (k + OVERSAMPLING) >= min(x.shape):
         u, s, vt = _svd(x)
-        return u[:, :k], s[:k], vt[:k].T
+        return Subspace(u[:, :k], s[:k], vt[:k].T)
     probe = torch.randn(x.shape[1], k + OVERSAMPLING, generator=generator).to(x.device)
     q = _orthonormal(x @ probe)
     for _ in range(power_iterations):
         q = _orthonormal(x @ _orthonormal(x.T @ q))
     u, s, vt = _svd(q.T @ x)
-    return (q @ u)[:, :k], s[:k], vt[:k].T
+    return Subspace((q @ u)[:, :k], s[:k], vt[:k].T)
 
 
 def _orthonormal(x: Tensor) -> Tensor:
@@ -55,20 +65,25 @@ def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.linalg.svd(x, full_matrices=False)
 
 
-def rank_constrained_regression(a: Tensor, basis: Basis, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def rank_constrained_regression(
+    a: Tensor, basis: Basis, k: int, generator: torch.Generator, leading: Subspace | None = None
+) -> tuple[Tensor, Tensor]:
     """L (m, k), R (k, n) that minimise ||(A - L R) C||_F over rank k, where H + sigma I = C C^T.
 
-    Closed form: U S V^T = svd_k(A C), L = U S^(1/2), R = S^(1/2) V^T C^(-1).
+    Closed form: U S V^T = svd_k(A C), L = U S^(1/2), R = S^(1/2) V^T C^(-1). `leading` is the subspace of A C, if it is
+    known for k or more dimensions.
     """
-    u, s, v = top_subspace(a @ basis.chol, k, generator)
+    u, s, v = top_subspace(a @ basis.chol, k, generator) if leading is None else leading.first(k)
     root = s.sqrt()
     right = torch.linalg.solve_triangular(basis.chol, (v * root).T, upper=False, left=False)
     return u * root, right
 
 
-def starting_right(a: Tensor, basis: Basis, k: int, generator: torch.Generator, rotate: bool) -> Tensor:
+def starting_right(
+    a: Tensor, basis: Basis, k: int, generator: torch.Generator, rotate: bool, leading: Subspace | None = None
+) -> Tensor:
     """R (k, n) that LPLR starts from: the regression's, its dimensions mixed at random if wanted."""
-    left, right = rank_constrained_regression(a, basis, k, generator)
+    left, right = rank_constrained_regression(a, basis, k, generator, leading)
     return rotated(left, right, generator)[1] if rotate else right
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded, prepare
-from caldera.decompose import Method, _generator
 from caldera.devices import read
 from caldera.linalg import relative
-from caldera.lowrank import top_subspace
+from caldera.lowrank import Subspace
+from caldera.method import Method
+from caldera.problem import Problem, generator_of
 from caldera.quantizers import get_quantizer
 from caldera.quantizers.trellis import RUN
 
@@ -45,12 +46,18 @@ TUNED_GAIN = 0.045
 
 
 def predict_error(
-    weight: Tensor, moments: Tensor, method: Method, *, name: str = "matrix", basis: Basis | None = None
+    weight: Tensor,
+    moments: Tensor,
+    method: Method,
+    *,
+    name: str = "matrix",
+    basis: Basis | None = None,
+    problem: Problem | None = None,
 ) -> float:
     """The relative error that `decompose(weight, moments, method)` is expected to measure, without running it.
 
-    W (m, n), H (n, n), `name` and `basis` as there. Costs the transform, one product W C, the randomized SVD of one
-    regression and ROUNDS triangular solves with 2 PROBES rows.
+    W (m, n), H (n, n), `name`, `basis` and `problem` as there. Costs ROUNDS triangular solves with 2 PROBES rows, and
+    what a decomposition shares through `problem`: the transform, one product W C and its leading subspace.
 
     Not modelled: `moments="identity"` (the error is then that against H = I), `init` and `downdate`, `order` and the
     number of rounds (as "lr_first", with at most one refit of the factors), `warm_start`, `rotate` (as on), the
@@ -62,14 +69,14 @@ def predict_error(
     """
     if basis is None:
         basis = prepare(moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
-    a, generator = basis.forward(weight.detach(), name), _generator(method.seed, f"{name}/theory")
-    image = a @ basis.chol
+    problem = Problem.of(weight.detach(), basis, name) if problem is None else problem
+    a, image, generator = problem.weight, problem.image, generator_of(method.seed, f"{name}/theory")
     norm, damped = _energy(a), _energy(image)
     if norm == 0:
         return 0.0
     total, target, factors = damped - basis.sigma * norm, _Target.of(a, generator), None
     if method.rank:
-        factors = _Factors.of(a, image, basis, method, generator)
+        factors = _Factors.of(a, problem.subspace(method.rank).first(method.rank), basis, method)
         target = factors.residual(target, generator)
     if method.q == "none":
         return relative(factors.alone(damped) - basis.sigma * (norm - _energy(factors.kept)), total)
@@ -224,8 +231,8 @@ class _Factors:
     spread: float  # tr H
 
     @classmethod
-    def of(cls, a: Tensor, image: Tensor, basis: Basis, method: Method, generator: torch.Generator) -> "_Factors":
-        u, s, v = top_subspace(image, method.rank, generator, power_iterations=2)
+    def of(cls, a: Tensor, leading: Subspace, basis: Basis, method: Method) -> "_Factors":
+        u, s, v = leading
         roots, kept = s.clamp(min=1e-6 * read(s[0])).sqrt(), u.T @ a
         left, right = u * roots, kept / roots[:, None]
         quantizers = ((method.l, left), (method.r, right))

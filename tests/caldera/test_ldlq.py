@@ -211,7 +211,15 @@ def test_nothing_that_is_passed_in_changes(name, n):
     quantizer, w, basis = get_quantizer(name), weight(9, n), basis_of(n)
     scales = quantizer.fit(w)
     start = ldlq(w, basis, quantizer, scales)
-    passed = [w, basis.moments, basis.chol, basis.feedback(quantizer.group).matrix, scales.scale, start.codes, start.values]
+    passed = [
+        w,
+        basis.moments,
+        basis.chol,
+        basis.feedback(quantizer.group).matrix,
+        scales.scale,
+        start.codes,
+        start.values,
+    ]
     before = [t.clone() for t in passed]
     ldlq(w, basis, quantizer, scales)
     tune(w, basis, quantizer, start, 2)
