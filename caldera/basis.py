@@ -26,6 +26,14 @@ class Feedback(NamedTuple):
     largest: float
 
 
+class Factorised(NamedTuple):
+    """The Cholesky factor (n, n) of the damped moments, the damping that it took, and whether that had to rise."""
+
+    chol: Tensor
+    sigma: float
+    jitters: list[dict]
+
+
 @dataclass
 class Basis:
     """Coordinates in which a matrix (m, n) is decomposed, `W~ = T_m S_out W S_in T_n^T`, and the moments there.
@@ -113,8 +121,9 @@ def prepare(
     sigma: float = 3e-3,
     transformed: bool = True,
     identity: bool = False,
+    known: Factorised | None = None,
 ) -> Basis:
-    """Basis of H = E[x x^T] (n, n), or of H = I in its place.
+    """Basis of H = E[x x^T] (n, n), or of H = I in its place; `known`: what a former call with all the same found.
 
     Raises NumericalError when H is not finite, all zero, or cannot be factorised.
     """
@@ -127,9 +136,10 @@ def prepare(
         h = unit_mean(moments)
         h = _into_both(h, seed, name) if transformed else h
         h = (h + h.T) / 2
-    jitters = []
-    chol, sigma = damped_cholesky(h, sigma, SIGMA_LIMIT, f"{name}: second moments", jitters)
-    return Basis(name, seed, transformed, h, chol, sigma, identity, jitters)
+    if known is None:
+        jitters = []
+        known = Factorised(*damped_cholesky(h, sigma, SIGMA_LIMIT, f"{name}: second moments", jitters), jitters)
+    return Basis(name, seed, transformed, h, known.chol, known.sigma, identity, known.jitters)
 
 
 def restricted(basis: Basis, channels: int, jitters: list) -> Basis:

@@ -193,3 +193,16 @@ def test_a_task_whose_documents_cannot_be_had_is_one_sentence(monkeypatch):
     monkeypatch.setattr(evaluate, "_harness_tasks", Index)
     with pytest.raises(UserError, match=r"evaluation.tasks: mmlu cannot be loaded \(no network\)"):
         evaluate._loaded("mmlu")
+
+
+def test_a_second_model_is_scored_on_the_tokens_of_the_first(smollm2_dir, monkeypatch):
+    """And alike: documents, prompts and tokens are kept for the next point of a sweep."""
+    model, tokenizer, options = tiny_llama(49152), load_tokenizer(smollm2_dir), {"limit": 2, "batch_size": 2}
+    first = run_tasks(model, tokenizer, ["arc_easy"], **options)
+
+    def refuse(*_, **__):
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(type(tokenizer), "__call__", refuse)
+    monkeypatch.setattr(type(tokenizer), "encode", refuse)
+    assert run_tasks(model, tokenizer, ["arc_easy"], **options) == first
