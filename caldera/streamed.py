@@ -107,7 +107,7 @@ def streamed(
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
     model.tie_weights()
-    names = None if _converted(model, files, dtype) else _names(model, files)
+    names = _names(model, files, dtype)
     return names and Streamed(model.eval(), names, files, dtype, device)
 
 
@@ -122,32 +122,42 @@ def _files(directory: Path) -> dict[str, Path]:
     return found if all(file.is_file() for file in set(found.values())) else {}
 
 
-def _converted(model: nn.Module, files: dict[str, Path], dtype: torch.dtype | None) -> bool:
-    """Whether transformers does more with some tensor than to cast it and to put it in its place."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if set(model.state_dict()) != set(parameters) or (dtype and model._get_dtype_plan(dtype)):
-        return True  # buffers that are stored, parameters that stay in float32
-    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
-    return any(c.rename_source_key(name)[1] is not None for c in converters for name in files if name in parameters)
-
-
-def _names(model: nn.Module, files: dict[str, Path]) -> dict[str, str] | None:
-    """Of every parameter, the tensor with its name, or with that of one tied to it; None if one has no such tensor."""
+def _names(model: nn.Module, files: dict[str, Path], dtype: torch.dtype | None) -> dict[str, str] | None:
+    """Of every parameter, the tensor that it is, or that one tied to it is; None if there is more to do than to cast
+    it and to put it in its place."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    stored = _renamed(model, files)
+    if stored is None or len(model.state_dict()) > len(parameters) or (dtype and model._get_dtype_plan(dtype)):
+        return None  # tensors are made of others, there are buffers among them, or some stay in float32
     aliases: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in parameters:
         aliases.setdefault(id(p), []).append(name)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found: dict[str, str] = {}
+    shapes, found = {name: tuple(p.shape) for name, p in parameters}, {}
     for names in aliases.values():
-        stored = [name for name in names if name in files]
-        if not stored or any(_shape(files[name], name) != shapes[names[0]] for name in stored):
+        held = [stored[name] for name in names if name in stored]
+        if not held or any(_shape(files[name], name) != shapes[names[0]] for name in held):
             return None
-        if not all(_equal(files, stored[0], other) for other in stored[1:]):
+        if not all(_equal(files, held[0], other) for other in held[1:]):
             return None  # transformers does not tie these
-        found |= dict.fromkeys(names, stored[0])
+        found |= dict.fromkeys(names, held[0])
+    return found
+
+
+def _renamed(model: nn.Module, files: dict[str, Path]) -> dict[str, str] | None:
+    """The tensor in the files by the name that transformers gives it in the model; None if it makes one of several."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings, converters = ([r for r in rules if isinstance(r, kind)] for kind in (WeightRenaming, WeightConverter))
+    found: dict[str, str] = {}
+    for stored in files:
+        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if name not in state and stored in state:
+            name, converter = stored, None
+        if name in state and (converter is not None or name in found):
+            return None
+        found[name] = stored
     return found
 
 

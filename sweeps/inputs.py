@@ -16,7 +16,7 @@ from caldera.blocks import InputGroup, Stop, Stream
 from caldera.correction import Correction, output_error
 from caldera.matrices import matrices, watch
 from caldera.moments import Accumulator
-from caldera.rows import Rows, Spill
+from caldera.rows import Spill
 from caldera.streamed import Source
 from sweeps.calibration import Calibration
 

@@ -57,7 +57,7 @@ def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
     if point.method is None:
         return _cached_baseline(point, reporter)
     baseline = run_baseline(point, reporter)
-    matrices = _compress(point, reporter, folder / "checkpoint")
+    matrices = compress_point(point, reporter, folder / "checkpoint")
     with reporter.stage("load"):
         from caldera.checkpoint import load_dense
 
@@ -113,7 +113,8 @@ def _baseline(point: Point, reporter: Reporter) -> dict:
     return record | {"metrics": metrics, "timings_s": own.timings, "bits": bits}
 
 
-def _compress(point: Point, reporter: Reporter, target: Path) -> list[dict]:
+def compress_point(point: Point, reporter: Reporter, target: Path) -> list[dict]:
+    """Calibrate and write the packed checkpoint; a summary of every matrix, as records list them."""
     import torch
 
     from sweeps.compress import Fit, compress
