@@ -1,7 +1,7 @@
 """A causal LM seen as a chain of decoder blocks, whatever its family: where they are, what flows through them."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from caldera.errors import UserError
 from caldera.matrices import Matrix, Products, matrices, watch
+from caldera.rows import Rows, Spill
 
 LOUD = 100.0  # size of an experiment's output, in units of the hidden states
 
@@ -68,36 +69,32 @@ class InputGroup:
 class Stream:
     """Hidden states (rows of (1, length, width)) on their way through the blocks, and each block's other arguments."""
 
-    hidden: list[Tensor]
+    hidden: list[Tensor] | Rows
     arguments: list[tuple[tuple, dict]]
 
     @classmethod
     @torch.inference_mode()
-    def open(cls, model: nn.Module, rows: Tensor) -> "Stream":
-        """Embed token rows (rows, length) and note what the model passes to each block.
+    def open(cls, model: nn.Module, rows: Tensor, spill: Spill | None = None) -> "Stream":
+        """Embed token rows (rows, length) and note what the model passes to each block; no block runs or needs data.
 
         Positions and masks depend on the length alone, since all rows are full; so one row shows them. From here on
-        the model multiplies its experts one by one.
+        the model multiplies its experts one by one. `spill` says where hidden states go that are too many for memory.
         """
         _, blocks = decoder_blocks(model)
-        device = next(model.parameters()).device
-        arguments, hidden = [], []
+        rows = rows.to(next(p.device for p in model.parameters() if not p.is_meta))
+        hidden = Rows(spill=spill) if spill else []
         if getattr(model.config, "_experts_implementation", None):
             model.set_experts_implementation("eager")  # one product an expert: fused kernels show no weight
 
-        def note(_module, args, kwargs):
-            arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-        def keep(_module, args, kwargs):
+        def keep(*args, **kwargs):
             hidden.append(args[0] if args else kwargs["hidden_states"])
             raise Stop
 
-        with _hooked([(block, note) for block in blocks]):
-            model(rows[:1].to(device), use_cache=False)
-        with _hooked([(blocks[0], keep)]):
+        arguments = _arguments(model, blocks, rows[:1])
+        with _instead([(blocks[0], keep)]):
             for row in rows:
                 with suppress(Stop):
-                    model(row[None].to(device), use_cache=False)
+                    model(row[None], use_cache=False)
         return cls(hidden, arguments)
 
     @torch.inference_mode()
@@ -114,19 +111,50 @@ class Stream:
             if progress:
                 progress(1)
 
-    def stacked(self) -> Tensor:
-        """All rows (rows, length, width)."""
-        return torch.cat(self.hidden)
+
+# what a block may return: models take the hidden states from a tensor, or from a tuple of one or of several
+RETURNED = (lambda x: x, lambda x: (x,), lambda x: (x, None), lambda x: (x, None, None))
+
+
+def _arguments(model: nn.Module, blocks: nn.ModuleList, row: Tensor) -> list[tuple[tuple, dict]]:
+    """What the model passes to each block besides the hidden states, in a pass over a row (1, length) in which every
+    block hands on what it was given. Raises UserError for a model that takes them in no known form."""
+    failed = None
+    for form in RETURNED:
+        try:
+            return _passed(model, blocks, row, form)
+        except Exception as error:  # whatever the model's code does with a tensor that it takes for a tuple
+            failed = failed or error
+    raise UserError(f"model {type(model).__name__} does not pass hidden states from block to block") from failed
+
+
+def _passed(model: nn.Module, blocks: nn.ModuleList, row: Tensor, form: Callable) -> list[tuple[tuple, dict]]:
+    arguments, shapes = [], []
+
+    def note(*args, **kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shapes.append(hidden.shape)
+        if hidden.shape != shapes[0]:
+            raise ValueError(f"hidden states {tuple(shapes[0])} became {tuple(hidden.shape)}")
+        arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+        if len(arguments) == len(blocks):
+            raise Stop
+        return form(hidden)
+
+    with _instead([(block, note) for block in blocks]), suppress(Stop):
+        model(row, use_cache=False)
+    return arguments
 
 
 @contextmanager
-def _hooked(pairs) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pairs]
-    try:
+def _instead(pairs: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Meanwhile each module's forward is that function."""
+    with ExitStack() as undo:
+        for module, function in pairs:
+            before = vars(module).get("forward")  # a wrapper that somebody set
+            undo.callback(setattr, module, "forward", before) if before else undo.callback(delattr, module, "forward")
+            module.forward = function
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def input_groups(block: nn.Module, stream: Stream, index: int) -> list[InputGroup]:

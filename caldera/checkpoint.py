@@ -6,20 +6,20 @@ compressed matrix; tensors of a matrix are called `<matrix>.<part>_<tensor>`, sa
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from caldera.blocks import named_matrices
 from caldera.errors import CheckpointError
-from caldera.files import committed, sha256, write_json
+from caldera.files import sha256, write_json
 from caldera.layers import place
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.shards import mark_config, read_specs, verify_metadata, write_index
+from caldera.tensorfile import write_tensors
 
 VERSION = 1
 MANIFEST, REST = "manifest.json", "model-rest.safetensors"
@@ -35,31 +35,30 @@ def write_matrices(directory: Path, file: str, matrices: Iterable[PackedMatrix])
     matrices = list(matrices)
     tensors = {f"{m.spec.name}.{key}": t.contiguous().cpu() for m in matrices for key, t in m.tensors.items()}
     specs = json.dumps([m.spec.to_json() for m in matrices])
-    _write(directory / file, tensors, {"format": "pt", "matrices": specs})
+    layout = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_tensors(directory / file, layout, lambda name: [tensors[name]], {"format": "pt", "matrices": specs})
 
 
-def write_rest(directory: Path, state: dict[str, Tensor], covered: set[str], dtype: torch.dtype) -> None:
-    """Commit all tensors of `state` but the `covered` ones, floating ones as `dtype`; shared tensors once."""
-    seen, rest = set(), {}
+def write_rest(
+    directory: Path,
+    state: dict[str, Tensor],
+    covered: set[str],
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Commit all tensors of `state` but the `covered` ones, floating ones as `dtype`; shared tensors once.
+
+    `read(name)` gives a tensor's values, one at a time, where `state` has them without data.
+    """
+    seen, layout = set(), {}
     for name, tensor in state.items():
-        same = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        same = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.shape, tensor.stride())
         if name in covered or same in seen:
             continue
         seen.add(same)
-        rest[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-    _write(directory / REST, rest, {"format": "pt"})
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Commit a safetensors file whose header is sorted: the library orders metadata at random, and the same tensors
-    are to give the same bytes."""
-    data = save(tensors, metadata)
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    with committed(path) as part, part.open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        stream.write(memoryview(data)[8 + size :])
+        layout[name] = (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+    read = read or state.__getitem__
+    write_tensors(directory / REST, layout, lambda name: [read(name).to(layout[name][0])], {"format": "pt"})
 
 
 def write_manifest(directory: Path, details: dict) -> None:

@@ -9,13 +9,17 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from caldera.blocks import InputGroup, Stream, decoder_blocks, input_groups, residual_writers
+from caldera.blocks import InputGroup, Stream, input_groups, residual_writers
 from caldera.files import committed, write_json
 from caldera.moments import collect, pooled
+from caldera.rows import Rows, Spill
+from caldera.streamed import Source
+from caldera.tensorfile import write_tensors
 from sweeps.store import read_json
 
 DONE = "manifest.json"
@@ -52,9 +56,9 @@ class Calibration:
         """H (n, n) float32 of each group of a block."""
         return load_file(self.directory / _moments_file(block))
 
-    def hidden(self, block: int) -> Tensor:
-        """The hidden states (rows, length, width) that enter a block."""
-        return load_file(self.directory / _hidden_file(block))["hidden"]
+    def hidden(self, block: int, device: torch.device | str = "cpu") -> Rows:
+        """The hidden states (1, length, width) that enter a block, a row at a time from the disk."""
+        return Rows.stored(self.directory / _hidden_file(block), "hidden", device)
 
 
 def _moments_file(block: int) -> str:
@@ -67,21 +71,22 @@ def _hidden_file(block: int) -> str:
 
 def ensure_calibration(
     directory: Path,
-    model: Callable[[], nn.Module],
+    model: Callable[[], Source],
     rows: Callable[[], Tensor],
     progress: Callable[[int, int], None],
     hidden: bool = False,
+    spill: Spill | None = None,
 ) -> Calibration:
     """The calibration in `directory`, collected from `model()` over `rows()` (sequences, length) unless it is there.
 
-    `hidden` asks for the hidden states too. One process collects, others wait for it. Raises NumericalError naming
-    block and layer for NaN or infinity.
+    `hidden` asks for the hidden states too; `spill` says where they go meanwhile. One process collects, others wait
+    for it. Raises NumericalError naming block and layer for NaN or infinity.
     """
     if not _complete(directory, hidden):
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
             if not _complete(directory, hidden):
-                _collect_all(directory, model(), rows(), progress, hidden)
+                _collect_all(directory, model(), rows(), progress, hidden, spill)
     return Calibration(directory)
 
 
@@ -91,26 +96,36 @@ def _complete(directory: Path, hidden: bool) -> bool:
 
 
 def _collect_all(
-    directory: Path, model: nn.Module, rows: Tensor, progress: Callable[[int, int], None], hidden: bool
+    directory: Path,
+    model: Source,
+    rows: Tensor,
+    progress: Callable[[int, int], None],
+    hidden: bool,
+    spill: Spill | None,
 ) -> None:
-    name, blocks = decoder_blocks(model)
-    stream, done, listed = Stream.open(model, rows), 0, []
+    stream, done, listed = Stream.open(model.model, rows, spill), 0, []
 
     def step(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, len(blocks) * len(rows))
+        progress(done, model.count * len(rows))
 
-    for index, block in enumerate(blocks):
+    for index in range(model.count):
+        block = model.block(index)
         if hidden:
-            with committed(directory / _hidden_file(index)) as part:
-                save_file({"hidden": stream.stacked().cpu()}, part)
+            _write_hidden(directory / _hidden_file(index), stream.hidden)
         groups, writers = input_groups(block, stream, index), residual_writers(block, stream, index)
-        found = collect(block, stream, index, groups, f"{name}.{index}", step)
+        found = collect(block, stream, index, groups, f"{model.name}.{index}", step)
         moments, few = pooled(groups, found)
         with committed(directory / _moments_file(index)) as part:
             save_file({key: h.cpu().contiguous() for key, h in moments.items()}, part)
         facts = [asdict(g) | {"tokens": found[g.name].tokens, "filled_up": g.name in few} for g in groups]
         listed.append({"groups": facts, "residual_writers": writers})
-    facts = {"blocks_name": name, "blocks": listed, "tokens": rows.numel(), "hidden": hidden}
+    facts = {"blocks_name": model.name, "blocks": listed, "tokens": rows.numel(), "hidden": hidden}
     write_json(directory / DONE, facts)
+
+
+def _write_hidden(path: Path, rows: list[Tensor] | Rows) -> None:
+    """Commit all rows as one tensor (rows, length, width)."""
+    layout = {"hidden": (rows[0].dtype, (len(rows), *rows[0].shape[1:]))}
+    write_tensors(path, layout, lambda _name: rows)

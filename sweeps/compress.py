@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from caldera import Basis, Decomposition, Method, decompose, predict_error, prepare
-from caldera.blocks import covered, decoder_blocks, named_matrices
+from caldera.blocks import covered, named_matrices
 from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
-from caldera.matrices import Matrix
+from caldera.matrices import Matrix, matrices
+from caldera.streamed import Source
 from sweeps.inputs import CorrectedPrefix, Given, Original
 from sweeps.progress import Stage
 
@@ -31,9 +32,9 @@ class Fit:
 
 
 def compress(
-    source: Path, model: nn.Module, inputs: Inputs, fit: Fit, target: Path, dtype: torch.dtype, progress: Stage
+    source: Path, model: Source, inputs: Inputs, fit: Fit, target: Path, dtype: torch.dtype, progress: Stage
 ) -> list[dict]:
-    """Write the packed checkpoint of `model` (float32, from the folder `source`) to `target`.
+    """Write the packed checkpoint of `model` (as it is stored in the folder `source`) to `target`.
 
     What is not compressed is stored as `dtype`. Returns a summary of every matrix, as a record lists them.
     """
@@ -41,20 +42,21 @@ def compress(
     target.mkdir(parents=True)
     for file in (f for pattern in COPIED for f in source.glob(pattern) if ".safetensors." not in f.name):
         shutil.copyfile(file, target / file.name)
-    name, blocks = decoder_blocks(model)
-    layers = {full: m for full, m in named_matrices(model).items() if full in fit.names}
+    names = {full for full in named_matrices(model.model) if full in fit.names}
     summaries = []
-    for index in range(len(blocks)):
-        packed = []
-        for d, facts in compress_block(layers, f"{name}.{index}", inputs, index, fit, progress.at):
+    for index in range(model.count):
+        name, packed = f"{model.name}.{index}", []
+        layers = {f"{name}.{own}": m for own, m in matrices(model.block(index)).items() if f"{name}.{own}" in names}
+        for d, facts in compress_block(layers, name, inputs, index, fit, progress.at):
             packed.append(d.packed)
             summaries.append(summary(d) | facts)
         write_matrices(target, block_file(index), packed)
         _name_few_tokens(summaries[len(summaries) - len(packed) :], progress)
-        progress(index + 1, len(blocks))
-    if left := sorted(set(layers) - {s["name"] for s in summaries}):
+        progress(index + 1, model.count)
+    if left := sorted(names - {s["name"] for s in summaries}):
         progress.reporter.say(f"  warning: not compressed, as no calibration token reaches them: {', '.join(left)}")
-    write_rest(target, model.state_dict(), covered(model, {s["name"] for s in summaries}), dtype)
+    held = covered(model.model, {s["name"] for s in summaries})
+    write_rest(target, model.state(), held, dtype, model.read)
     write_manifest(target, {"method": vars(fit.method)})
     return summaries
 

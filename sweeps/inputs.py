@@ -4,7 +4,6 @@ Both yield, block by block, stages of groups of matrices with their moments and 
 same code for both. `install` hears of every compressed matrix before the next stage is looked at.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from caldera.blocks import InputGroup, Stop, Stream, decoder_blocks
+from caldera.blocks import InputGroup, Stop, Stream
 from caldera.correction import Correction, output_error
 from caldera.matrices import matrices, watch
 from caldera.moments import Accumulator
+from caldera.rows import Spill
+from caldera.streamed import Source
 from sweeps.calibration import Calibration
 
 
@@ -60,29 +61,29 @@ class CorrectedPrefix:
     """Blocks in order, the original's and the compressed model's hidden states side by side; targets are corrected.
 
     Inside a block each stage (q/k/v, o, gate/up, down) sees the stages before it compressed. Experts keep the
-    original's moments and weights: the two models may route a token differently. Memory: the model, one more block,
-    the original's inputs of one block, and the compressed hidden states.
+    original's moments and weights: the two models may route a token differently. Memory: two copies of a block, the
+    original's inputs of one block, and the compressed hidden states, unless they spill.
     """
 
     calibration: Calibration
-    model: nn.Module  # the original, in the dtype and on the device of the evaluation
+    model: Source  # the original, in the dtype and on the device of the evaluation
     rows: Tensor
     correction: Correction
+    spill: Spill | None = None
 
     def __post_init__(self) -> None:
-        self.stream = Stream.open(self.model, self.rows)  # of the compressed prefix
-        self.blocks = decoder_blocks(self.model)[1]
+        self.stream = Stream.open(self.model.model, self.rows, self.spill)  # of the compressed prefix
 
     @torch.no_grad()
     def stages(self, index: int) -> Iterator[list[Given]]:
         """The groups that run side by side, in the order in which they run."""
-        self.index, self.block = index, copy.deepcopy(self.blocks[index])
+        self.index, self.original, self.block = index, self.model.block(index), self.model.block(index)
         groups, self.moments = self.calibration.groups(index), self.calibration.moments(index)
         self.writers = self.calibration.residual_writers(index)
-        before = self.calibration.hidden(index).to(self.stream.hidden[0])
+        before = self.calibration.hidden(index, self.stream.hidden[0].device)
         # (length, width) a row: what the compressed residual stream lacks
-        self.lack = [(x - y[0]).float() for x, y in zip(before, self.stream.hidden)]
-        self.inputs = self._original_inputs(Stream(list(before.split(1)), self.stream.arguments), groups)
+        self.lack = [(x - y)[0].float() for x, y in zip(before, self.stream.hidden)]
+        self.inputs = self._original_inputs(Stream(before, self.stream.arguments), groups)
         for _, stage in itertools.groupby(groups, key=lambda group: group.stage):
             yield from self._stage(list(stage))
         self.stream.advance(self.block, index)
@@ -93,7 +94,7 @@ class CorrectedPrefix:
 
     def _original_inputs(self, stream: Stream, groups: list[InputGroup]) -> dict[str, list[Tensor]]:
         """What each group receives in the original, (length, n) a row; those that miss a token are left out."""
-        found = self._record(self.blocks[self.index], stream, [g for g in groups if not g.expert])
+        found = self._record(self.original, stream, [g for g in groups if not g.expert])
         lengths = [self.rows.shape[1]] * len(self.rows)
         return {name: rows for name, rows in found.items() if [len(x) for x in rows] == lengths}
 
@@ -117,7 +118,7 @@ class CorrectedPrefix:
             return
         received = self._record(self.block, self.stream, stage)
         yield [self._given(g, received[g.name]) for g in stage]
-        layers, originals = matrices(self.block), matrices(self.blocks[self.index])
+        layers, originals = matrices(self.block), matrices(self.original)
         for group, name in ((g, name) for g in stage for name in g.members if name in self.writers):
             for lack, x, y in zip(self.lack, self.inputs[group.name], received[group.name]):
                 lack += x @ originals[name].read().T - y @ layers[name].read().T
@@ -134,7 +135,7 @@ class CorrectedPrefix:
                 lack.addmm_(missing.T, y.float())
         seen, cross = moments.mean(), cross / moments.tokens
         lack = None if lack is None else lack / moments.tokens
-        what, depth = f"block {self.index}.{group.name}", self.index / max(len(self.blocks) - 1, 1)
+        what, depth = f"block {self.index}.{group.name}", self.index / max(self.model.count - 1, 1)
         target = self.correction.fit(seen, cross, lack, depth, what)
         original = self.moments[group.name].to(device)
         return Given(

@@ -77,6 +77,24 @@ def load_model(directory: Path, dtype="float32", trust_remote_code: bool = False
     return model.eval()
 
 
+def open_model(directory: Path, dtype=None, device="cpu", trust_remote_code: bool = False):
+    """The causal LM in `directory` as a `caldera.streamed.Source`, in eval mode; `dtype` as for `load_model`.
+
+    Blocks are read when they are asked for, or, where transformers has to convert the checkpoint's tensors, the whole
+    model is read now. dtype None: as the weights are stored, or float32. Raises UserError as `load_model` does.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    from caldera.streamed import Whole, streamed
+
+    wanted, device = getattr(torch, dtype) if isinstance(dtype, str) else dtype, torch.device(device)
+    unreadable = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
+    with _quiet_transformers(), _one_sentence(directory, *unreadable):
+        found = streamed(directory, wanted, device, trust_remote_code)
+    return found or Whole(load_model(directory, dtype or "float32", trust_remote_code).to(device))
+
+
 def load_tokenizer(directory: Path, trust_remote_code: bool = False):
     """The tokenizer in `directory`. Raises UserError if there is none."""
     from transformers import AutoTokenizer

@@ -57,7 +57,7 @@ def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
     if point.method is None:
         return _cached_baseline(point, reporter)
     baseline = run_baseline(point, reporter)
-    matrices = _compress(point, reporter, folder / "checkpoint")
+    matrices = compress_point(point, reporter, folder / "checkpoint")
     with reporter.stage("load"):
         from caldera.checkpoint import load_dense
 
@@ -98,7 +98,10 @@ def _baseline(point: Point, reporter: Reporter) -> dict:
     own = Reporter(point.baseline_name)
     reporter.say("  uncompressed model, once:")
     with own.stage("load"):
-        model = _original(point).to(point.device)
+        from sweeps.models import load_model
+
+        trusted = point.config["model"]["trust_remote_code"]
+        model = load_model(point.checkpoint, point.dtype, trusted).to(point.device)
     metrics = _evaluate(point, own, model)
     record = records.skeleton(point.baseline_name, point.baseline_key, point.config, uncompressed_axes(point), "done")
     width = 8.0 * _dtype(point).itemsize
@@ -110,7 +113,8 @@ def _baseline(point: Point, reporter: Reporter) -> dict:
     return record | {"metrics": metrics, "timings_s": own.timings, "bits": bits}
 
 
-def _compress(point: Point, reporter: Reporter, target: Path) -> list[dict]:
+def compress_point(point: Point, reporter: Reporter, target: Path) -> list[dict]:
+    """Calibrate and write the packed checkpoint; a summary of every matrix, as records list them."""
     import torch
 
     from sweeps.compress import Fit, compress
@@ -119,8 +123,7 @@ def _compress(point: Point, reporter: Reporter, target: Path) -> list[dict]:
     inputs = _inputs(point, reporter, device)
     fit = Fit(point.method, frozenset(point.inventory), device)
     with reporter.stage("compress") as progress:
-        model = _original(point, "float32")
-        return compress(point.checkpoint, model, inputs, fit, target, _dtype(point), progress)
+        return compress(point.checkpoint, _stored(point), inputs, fit, target, _dtype(point), progress)
 
 
 def _inputs(point: Point, reporter: Reporter, device):
@@ -128,16 +131,20 @@ def _inputs(point: Point, reporter: Reporter, device):
     from sweeps.calibration import ensure_calibration
     from sweeps.inputs import CorrectedPrefix, Original
 
-    def model():
-        return _original(point).to(device)
-
-    folder = point.cache / "moments" / point.moments_key[:24]
+    folder, spill = point.cache / "moments" / point.moments_key[:24], _spill(point)
     with reporter.stage("calibrate") as progress:
         hidden = point.correction is not None
-        found = ensure_calibration(folder, model, lambda: _rows(point, "calibration"), progress, hidden)
+        texts = functools.partial(_rows, point, "calibration")
+        found = ensure_calibration(folder, lambda: _original(point), texts, progress, hidden, spill)
     if point.correction is None:
         return Original(found, device)
-    return CorrectedPrefix(found, model(), _rows(point, "calibration"), point.correction)
+    return CorrectedPrefix(found, _original(point), _rows(point, "calibration"), point.correction, spill)
+
+
+def _spill(point: Point):
+    from caldera.rows import Spill
+
+    return Spill(point.cache / "spill", point.config["compute"]["spill_mb"] * 2**20)
 
 
 def _evaluate(point: Point, reporter: Reporter, model) -> dict:
@@ -191,17 +198,22 @@ def _tokenizer(checkpoint: Path):
     return load_tokenizer(checkpoint)
 
 
-def _original(point: Point, dtype: str | None = None):
-    """The point's uncompressed model, in the evaluation's dtype unless another is asked for."""
-    return _base_model(point.checkpoint, dtype or point.dtype, point.config["model"]["trust_remote_code"])
+def _original(point: Point):
+    """The point's uncompressed model, for forward passes as they are evaluated."""
+    return _opened(point.checkpoint, point.dtype, point.device, point.config["model"]["trust_remote_code"])
+
+
+def _stored(point: Point):
+    """The point's uncompressed model, for its weights."""
+    return _opened(point.checkpoint, None, "cpu", point.config["model"]["trust_remote_code"])
 
 
 @functools.lru_cache(maxsize=1)
-def _base_model(checkpoint: Path, dtype: str, trusted: bool):
-    """The uncompressed model; the last one asked for is kept for the next point."""
-    from sweeps.models import load_model
+def _opened(checkpoint: Path, dtype: str | None, device: str, trusted: bool):
+    """The uncompressed model, block by block; the last one asked for is kept for the next point."""
+    from sweeps.models import open_model
 
-    return load_model(checkpoint, dtype, trusted)
+    return open_model(checkpoint, dtype, device, trusted)
 
 
 def _dtype(point: Point):

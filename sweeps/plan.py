@@ -139,7 +139,7 @@ def _check_numbers(config: dict) -> None:
             raise UserError(f"{field}={value!r} names files: leave out the slash")
     positive = {"calibration": ("sequences", "length"), "evaluation": ("rows", "length", "batch_size", "limit")}
     least_of = {f"{g}.{n}": 2 if n == "length" else 1 for g, names in positive.items() for n in names}
-    for field, least in (least_of | {"compute.threads": 0}).items():
+    for field, least in (least_of | {"compute.threads": 0, "compute.spill_mb": 0}).items():
         group, name = field.split(".")
         value = config[group][name]
         if value is not None and value < least:

@@ -118,11 +118,15 @@ class TrackerConfig:
 
 @dataclass
 class ComputeConfig:
-    """`device` as torch names it; `dtype` of the evaluated model; `threads` 0 = torch's choice."""
+    """`device` as torch names it; `dtype` of the evaluated model; `threads` 0 = torch's choice.
+
+    Hidden states of the calibration rows that take more than `spill_mb` megabytes (2^20 bytes) go to the cache's disk.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 0
+    spill_mb: int = 256
 
 
 @dataclass

@@ -97,6 +97,48 @@ def test_stream_ends_in_the_models_hidden_states(llama):
     torch.testing.assert_close(llama.model.norm(torch.cat(stream.hidden)), states[-1], rtol=1e-4, atol=1e-4)
 
 
+class Chain(nn.Module):
+    """Blocks that must not run, in a model that takes hidden states from what they return by `taken`."""
+
+    def __init__(self, taken):
+        super().__init__()
+        self.embedding = nn.Embedding(61, 8)
+        self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(8, 8)}) for _ in range(3)).to("meta")
+        self.taken, self.config = taken, None
+
+    def forward(self, rows, use_cache):
+        x = self.embedding(rows)
+        for index, layer in enumerate(self.layers):
+            x = self.taken(layer(x, index, mask=10 * index))
+        return x
+
+
+def unpacked(count):
+    def first(returned):
+        x, *others = returned
+        assert isinstance(returned, tuple) and len(others) == count
+        return x
+
+    return first
+
+
+@pytest.mark.parametrize("taken", [lambda y: 2 * y, lambda y: y[0], *map(unpacked, (0, 1, 2))])
+def test_arguments_are_noted_without_running_a_block(taken):
+    model, rows = Chain(taken), tiny_models.token_rows()
+    stream = Stream.open(model, rows)
+    assert stream.arguments == [((i,), {"mask": 10 * i}) for i in range(3)]
+    assert torch.equal(torch.cat(stream.hidden), model.embedding(rows))
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("taken", [unpacked(7), lambda y: y["hidden_states"], lambda y: y.sum(-1)])
+def test_a_model_that_is_no_chain_of_blocks_is_refused(taken):
+    model = Chain(taken)
+    with pytest.raises(UserError, match="Chain does not pass hidden states from block to block"):
+        Stream.open(model, tiny_models.token_rows())
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
 def test_stream_reports_every_row_and_leaves_no_hook(llama):
     done = []
     stream = Stream.open(llama, tiny_models.token_rows(4))
@@ -104,7 +146,7 @@ def test_stream_reports_every_row_and_leaves_no_hook(llama):
     groups = input_groups(llama.model.layers[1], stream, 1)
     collect(llama.model.layers[1], stream, 1, groups, "model.layers.1", done.append)
     assert done == [1] * 8
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in llama.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in llama.modules())
     assert not torch.overrides._get_current_function_mode_stack()
 
 

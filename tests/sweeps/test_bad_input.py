@@ -70,6 +70,7 @@ SETTINGS = [
     ("compute.device=''", "compute.device"),
     ("compute.device=meta", "compute.device"),
     ("compute.threads=-1", "compute.threads=-1 must be"),
+    ("compute.spill_mb=-1", "compute.spill_mb=-1 must be"),
 ]
 
 

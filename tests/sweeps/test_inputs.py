@@ -11,6 +11,7 @@ from caldera.blocks import decoder_blocks, named_matrices
 from caldera.checkpoint import block_file, load_dense, read_matrices
 from caldera.correction import Correction
 from caldera.matrices import chosen
+from caldera.streamed import Whole
 from sweeps.calibration import Calibration, ensure_calibration
 from sweeps.compress import Fit, compress
 from sweeps.inputs import CorrectedPrefix, Original
@@ -37,7 +38,7 @@ def quiet(*_) -> None:
 
 
 def calibrated(directory, model, rows=ROWS) -> Calibration:
-    return ensure_calibration(directory / "moments", lambda: model, lambda: rows, quiet, hidden=True)
+    return ensure_calibration(directory / "moments", lambda: Whole(model), lambda: rows, quiet, hidden=True)
 
 
 @pytest.fixture(scope="module", params=WRITERS)
@@ -62,13 +63,13 @@ def test_a_calibration_is_collected_once_and_again_for_hidden_states(tmp_path):
 
     def model():
         collected.append(1)
-        return tiny_models.llama()
+        return Whole(tiny_models.llama())
 
     for hidden, count in ((False, 1), (False, 1), (True, 2), (True, 2), (False, 2)):
         found = ensure_calibration(tmp_path / "moments", model, lambda: ROWS, quiet, hidden)
         assert len(collected) == count
     assert found.residual_writers(0) == WRITERS["llama"]
-    assert found.hidden(1).shape == (*ROWS.shape, tiny_models.WIDTH)
+    assert torch.cat(list(found.hidden(1))).shape == (*ROWS.shape, tiny_models.WIDTH)
 
 
 # ------------------------------------------------------------------------------------------------------------- original
@@ -129,7 +130,7 @@ def test_corrected_targets_follow_what_was_compressed_before(family):
     show what the next stage sees: o after q, k, v; down after gate and up; a block after the blocks before it."""
     kind, model, calibration = family
     other, originals = copy.deepcopy(model), plain_inputs(model, ROWS)
-    inputs, (prefix, blocks) = CorrectedPrefix(calibration, model, ROWS, CORRECTION), decoder_blocks(model)
+    inputs, (prefix, blocks) = CorrectedPrefix(calibration, Whole(model), ROWS, CORRECTION), decoder_blocks(model)
     for index in range(len(blocks)):
         written = []
         for stage in inputs.stages(index):
@@ -168,7 +169,7 @@ def check_corrected(given, name, weight, x, y, target) -> None:
 
 def every_target(model, calibration, amount: float) -> dict[str, torch.Tensor]:
     """Targets of all matrices, behind weights that are `amount` times the originals."""
-    inputs, (prefix, blocks) = CorrectedPrefix(calibration, model, ROWS, CORRECTION), decoder_blocks(model)
+    inputs, (prefix, blocks) = CorrectedPrefix(calibration, Whole(model), ROWS, CORRECTION), decoder_blocks(model)
     targets = {}
     for index in range(len(blocks)):
         for given, name in ((g, n) for stage in inputs.stages(index) for g in stage for n in g.group.members):
@@ -215,7 +216,7 @@ def test_layers_that_see_a_part_of_the_tokens_keep_the_originals_inputs(tmp_path
     tokens = calibration.tokens(0)
     assert tokens["mlp.experts.0"] + tokens["mlp.experts.1"] == ROWS.numel() and 0 < tokens["mlp.experts.0"] < 144
     assert calibration.residual_writers(0) == ["self_attn.o_proj"]
-    inputs = CorrectedPrefix(calibration, model, ROWS, CORRECTION)
+    inputs = CorrectedPrefix(calibration, Whole(model), ROWS, CORRECTION)
     for given in (given for stage in inputs.stages(0) for given in stage if "experts" in given.group.name):
         assert torch.equal(given.moments, calibration.moments(0)[given.group.name])
         assert given.output_error(torch.eye(3), torch.eye(3)) is None
@@ -228,14 +229,14 @@ def compressed(model, folder, mode: str, include=("*",), exclude=("*_gate",), ro
     calibration = calibrated(folder, model, rows)
     inputs = Original(calibration, torch.device("cpu"))
     if mode == "corrected":
-        inputs = CorrectedPrefix(calibration, copy.deepcopy(model), rows, Correction())
+        inputs = CorrectedPrefix(calibration, Whole(copy.deepcopy(model)), rows, Correction())
     names = frozenset(name for name in named_matrices(model) if chosen(name, include, exclude))
     fit = Fit(Method(rank=2, outer_iterations=1, inner_iterations=1, q="uniform_4bit_row"), names, torch.device("cpu"))
     reporter = Reporter("test")
     if say is not None:
         reporter.say = say
     with reporter.stage("compress") as progress:
-        return compress(folder / "source", model, inputs, fit, folder / "packed", torch.float32, progress)
+        return compress(folder / "source", Whole(model), inputs, fit, folder / "packed", torch.float32, progress)
 
 
 def dequantized(folder) -> dict[str, torch.Tensor]:
