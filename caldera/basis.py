@@ -1,6 +1,6 @@
 """What all matrices that receive the same input share: damped, transformed moments and their factorisations."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -55,6 +55,16 @@ class Basis:
     @property
     def n(self) -> int:
         return self.moments.shape[0]
+
+    def to(self, device: torch.device) -> "Basis":
+        """The same on another device."""
+        if self.moments.device == device:
+            return self
+        return replace(self, moments=self.moments.to(device), chol=self.chol.to(device), _feedback={})
+
+    def __getstate__(self) -> dict:
+        """What travels to another process: not what it can make itself."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"_feedback": {}}
 
     @cached_property
     def damped(self) -> Tensor:

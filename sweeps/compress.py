@@ -1,64 +1,165 @@
-"""A model's linear layers decomposed block by block into a packed checkpoint."""
+"""A model's matrices decomposed block by block into a packed checkpoint.
 
-import itertools
+A block that is done is a shard, and a note that says so beside the checkpoint: an interrupted run goes on behind it.
+"""
+
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from caldera import Basis, Decomposition, Method, decompose, predict_error, prepare
+from caldera import Decomposition
 from caldera.blocks import covered, named_matrices
-from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
-from caldera.matrices import Matrix, matrices
+from caldera.checkpoint import block_file, read_matrices, write_manifest, write_matrices, write_rest
+from caldera.files import sha256, write_json
+from caldera.matrices import matrices
 from caldera.streamed import Source
-from sweeps.inputs import CorrectedPrefix, Given, Original
+from sweeps.fitting import Fit, Inputs, fit_block
+from sweeps.inputs import Original
+from sweeps.parallel import Workers
 from sweeps.progress import Stage
+from sweeps.record import peak_rss
+from sweeps.shared import Shared
+from sweeps.store import read_json
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer, as the source has them
-Inputs = Original | CorrectedPrefix
+ALONE = Workers()
+
+
+@dataclass
+class Compressed:
+    """A summary of every matrix, as records list them; what was reused of all there was to make, by kind."""
+
+    matrices: list[dict] = field(default_factory=list)
+    reused: Counter = field(default_factory=Counter)
+    made: Counter = field(default_factory=Counter)
+    peak_rss_bytes: int = 0  # of the process that had the highest
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What every matrix is compressed with: the method, which matrices (full names), where to compute."""
+class Target:
+    """The folder of a checkpoint, and of the notes about its finished blocks."""
 
-    method: Method
-    names: frozenset[str]
-    device: torch.device
+    directory: Path
+    key: str
+
+    @property
+    def notes(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}-blocks")
+
+    def open(self, source: Path) -> None:
+        """Begin, or go on with what was begun under the same key."""
+        mark = self.notes / "key.json"
+        if not (self.key and mark.is_file() and read_json(mark) == {"key": self.key}):
+            for folder in (self.notes, self.directory):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for file in (f for pattern in COPIED for f in source.glob(pattern) if ".safetensors." not in f.name):
+            shutil.copyfile(file, self.directory / file.name)
+        write_json(mark, {"key": self.key})
+
+    def note(self, index: int) -> dict | None:
+        """What was noted about a finished block whose shard is as it was written."""
+        file, shard = self._file(index), self.directory / block_file(index)
+        if not (file.is_file() and shard.is_file()):
+            return None
+        note = read_json(file)
+        return note if note["sha256"] == sha256(shard) else None
+
+    def finish(self, index: int, found: dict[str, tuple[Decomposition, dict]], facts: dict) -> None:
+        """Commit the shard of a block, then the note."""
+        write_matrices(self.directory, block_file(index), [d.packed for d, _ in found.values()])
+        summaries = [summary(d) | facts for d, facts in found.values()]
+        shard = {"sha256": sha256(self.directory / block_file(index))}
+        write_json(self._file(index), shard | facts | {"matrices": summaries})
+
+    def _file(self, index: int) -> Path:
+        return self.notes / f"{index:05d}.json"
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """The compression of a block, from its weights to its shard."""
+
+    opened: Callable[[], Source]
+    inputs: Inputs
+    fit: Fit
+    shared: Shared
+    target: Target
+    workers: Workers = ALONE
+
+    def __call__(self, index: int, device: torch.device) -> int:
+        model, fit = self.opened(), self.fit.on(device)
+        name = f"{model.name}.{index}"
+        layers = {f"{name}.{own}": m for own, m in matrices(model.block(index)).items() if f"{name}.{own}" in fit.names}
+        with self.shared.block(index) as known:
+            found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
+        facts = {"reused": known.reused, "made": known.made, "peak_rss_bytes": peak_rss()}
+        self.target.finish(index, found, facts)
+        return index
 
 
 def compress(
-    source: Path, model: Source, inputs: Inputs, fit: Fit, target: Path, dtype: torch.dtype, progress: Stage
-) -> list[dict]:
-    """Write the packed checkpoint of `model` (as it is stored in the folder `source`) to `target`.
+    source: Path,
+    opened: Callable[[], Source],
+    inputs: Inputs,
+    fit: Fit,
+    target: Path,
+    dtype: torch.dtype,
+    progress: Stage,
+    workers: Workers = ALONE,
+    shared: Shared = Shared(),
+) -> Compressed:
+    """Write the packed checkpoint of the model that `opened()` reads from the folder `source` to `target`.
 
-    What is not compressed is stored as `dtype`. Returns a summary of every matrix, as a record lists them.
+    What is not compressed is stored as `dtype`. With the original model's inputs blocks are shared out to the workers,
+    behind a compressed prefix the matrices of a block are. Blocks that were finished under the key of `fit` stay.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for file in (f for pattern in COPIED for f in source.glob(pattern) if ".safetensors." not in f.name):
-        shutil.copyfile(file, target / file.name)
+    model, place = opened(), Target(target, fit.key)
+    place.open(source)
+    task = BlockTask(opened, inputs, fit, shared, place)
+    if isinstance(inputs, Original):
+        _in_any_order(task, model.count, workers, progress)
+    else:
+        _in_order(task, model.count, workers, progress)
+    found = _collected(place, model.count)
+    _name_few_tokens(found.matrices, progress)
     names = {full for full in named_matrices(model.model) if full in fit.names}
-    summaries = []
-    for index in range(model.count):
-        name, packed = f"{model.name}.{index}", []
-        layers = {f"{name}.{own}": m for own, m in matrices(model.block(index)).items() if f"{name}.{own}" in names}
-        for d, facts in compress_block(layers, name, inputs, index, fit, progress.at):
-            packed.append(d.packed)
-            summaries.append(summary(d) | facts)
-        write_matrices(target, block_file(index), packed)
-        _name_few_tokens(summaries[len(summaries) - len(packed) :], progress)
-        progress(index + 1, model.count)
-    if left := sorted(names - {s["name"] for s in summaries}):
+    if left := sorted(names - {s["name"] for s in found.matrices}):
         progress.reporter.say(f"  warning: not compressed, as no calibration token reaches them: {', '.join(left)}")
-    held = covered(model.model, {s["name"] for s in summaries})
+    held = covered(model.model, {s["name"] for s in found.matrices})
     write_rest(target, model.state(), held, dtype, model.read)
     write_manifest(target, {"method": vars(fit.method)})
-    return summaries
+    return found
+
+
+def _in_any_order(task: BlockTask, count: int, workers: Workers, progress: Stage) -> None:
+    todo = [index for index in range(count) if task.target.note(index) is None]
+    for done, _ in enumerate(workers.map(task, todo), start=count - len(todo) + 1):
+        progress(done, count)
+
+
+def _in_order(task: BlockTask, count: int, workers: Workers, progress: Stage) -> None:
+    task = replace(task, workers=workers)
+    for index in range(count):
+        if task.target.note(index) is None:
+            task(index, task.fit.device)
+        else:
+            task.inputs.skip(index, read_matrices(task.target.directory, block_file(index)))
+        progress(index + 1, count)
+
+
+def _collected(target: Target, count: int) -> Compressed:
+    found = Compressed()
+    for note in (target.note(index) for index in range(count)):
+        found.matrices += note["matrices"]
+        found.reused.update(note["reused"])
+        found.made.update(note["made"])
+        found.peak_rss_bytes = max(found.peak_rss_bytes, note["peak_rss_bytes"] or 0)
+    return found
 
 
 def _name_few_tokens(summaries: list[dict], progress: Stage) -> None:
@@ -67,40 +168,6 @@ def _name_few_tokens(summaries: list[dict], progress: Stage) -> None:
             "  warning: experts with fewer tokens than inputs are fitted to the other experts' tokens too; raise"
             f" calibration.sequences: {', '.join(few)}"
         )
-
-
-def compress_block(
-    layers: dict[str, Matrix], block: str, inputs: Inputs, index: int, fit: Fit, at: Callable
-) -> Iterator[tuple[Decomposition, dict]]:
-    """Decompositions of a block's matrices, and what else a record says of each; a group shares one basis."""
-    for given in itertools.chain.from_iterable(inputs.stages(index)):
-        members = [name for name in given.group.members if f"{block}.{name}" in layers]
-        if not members:
-            continue
-        at(f"{block}.{given.group.name}")
-        basis = prepare(given.moments, name=f"{block}.{given.group.name}", **fit.method.basis_options)
-        for name in members:
-            at(f"{block}.{name}")
-            weight = layers[f"{block}.{name}"].read().to(fit.device, torch.float32)
-            found, approximation, facts = _compress_matrix(weight, given, name, f"{block}.{name}", basis, fit.method)
-            inputs.install(name, approximation)
-            yield found, facts
-
-
-def _compress_matrix(
-    weight: Tensor, given: Given, name: str, full: str, basis: Basis, method: Method
-) -> tuple[Decomposition, Tensor, dict]:
-    start = time.perf_counter()
-    wanted = given.target(name, weight)
-    found = decompose(wanted, given.moments, method, name=full, basis=basis)
-    seconds = time.perf_counter() - start
-    # theory speaks of the moments that were fitted to, and for H = I these are not the measured ones
-    predicted = None if basis.identity else predict_error(wanted, given.moments, method, name=full, basis=basis)
-    approximation = found.dequantize()
-    error = given.output_error(weight, approximation)
-    error = found.relative_error if error is None else error
-    errors = {"predicted_error": predicted, "output_error": error}
-    return found, approximation, {"tokens": given.tokens, "few_tokens": given.few, "seconds": seconds} | errors
 
 
 def summary(d: Decomposition) -> dict:

@@ -48,9 +48,19 @@ class SharedBlock:
     reused: Counter = field(default_factory=Counter)
     made: Counter = field(default_factory=Counter)
     _files: dict[str, "_File"] = field(default_factory=dict)
+    _last: tuple[str, Basis] | None = None
 
     def basis(self, moments: Tensor, name: str, options: dict) -> Basis:
-        """`prepare(moments, name=name, **options)`, the factorisation perhaps from the cache."""
+        """`prepare(moments, name=name, **options)`, the factorisation perhaps from the cache.
+
+        The last one is kept for the other matrices of its group; the cache has all.
+        """
+        if self._last is None or self._last[0] != name:
+            self._last = None  # let go of it before the next takes its memory
+            self._last = name, self._prepared(moments, name, options)
+        return self._last[1]
+
+    def _prepared(self, moments: Tensor, name: str, options: dict) -> Basis:
         file = self._file("factors")
         stored = file.entries.get(name)
         if stored:
