@@ -9,7 +9,7 @@ from torch import nn
 from caldera.blocks import InputGroup, Stream, decoder_blocks, input_groups
 from caldera.errors import NumericalError, UserError
 from caldera.matrices import matrices
-from caldera.moments import Accumulator, collect, pooled
+from caldera.moments import Accumulator, collect, pooled, products_of
 from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian
 
@@ -248,6 +248,26 @@ def test_accumulator_sums_in_float32(dtype):
     accumulator.add(x)
     assert accumulator.total.dtype == torch.float32 and torch.equal(x, before)
     torch.testing.assert_close(accumulator.mean().double(), x.double().T @ x.double() / 400, rtol=1e-4, atol=1.0)
+
+
+def test_products_of_bfloat16_numbers_are_as_exact_as_float32_and_leave_no_setting_behind():
+    """Of a width at which the CPU's own instructions are chosen."""
+    x, before = gaussian(2048, 256).bfloat16(), torch.backends.mkldnn.matmul.fp32_precision
+    accumulator = Accumulator.zeros(256, torch.device("cpu"))
+    for rows in x.split(1024):
+        accumulator.add(rows)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    expected = x.double().T @ x.double() / 2048
+    assert relative(accumulator.mean(), expected) < 3e-7
+    with pytest.raises(KeyError), products_of(x):
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with products_of(x, x.float()):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def test_an_accumulator_without_tokens_is_zero():
