@@ -1,6 +1,7 @@
 """Second moments H = E[x x^T] of the inputs of a block's matrices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,24 @@ from caldera.errors import NumericalError
 from caldera.matrices import matrices, watch
 
 STRIPS = 4  # of H, so that only its lower triangle of strips is computed
+PIECE = 256  # tokens a product: longer sums of bfloat16 products lose a bit of float32's accuracy
+
+
+@contextmanager
+def products_of(*factors: Tensor) -> Iterator[None]:
+    """Where float32 products of these tensors are computed: bfloat16 numbers by the CPU's own instructions for them.
+
+    That is as exact over `PIECE` tokens, as such numbers are multiplied without rounding and summed in float32, and
+    about twice as fast.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    if all(x.dtype == torch.bfloat16 for x in factors):
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 @dataclass
@@ -26,7 +45,11 @@ class Accumulator:
 
     def add(self, x: Tensor) -> None:
         """Add tokens x (..., n)."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        with products_of(x):
+            for piece in x.reshape(-1, x.shape[-1]).float().split(PIECE):
+                self._add(piece)
+
+    def _add(self, x: Tensor) -> None:
         width = -(-x.shape[1] // STRIPS)
         for start in range(0, x.shape[1], width):
             stop = start + width
@@ -41,6 +64,13 @@ class Accumulator:
         """The sum of x x^T (n, n)."""
         lower = self.total.tril()
         return lower + lower.tril(-1).T
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x^T y of tokens x (t, m) and y (t, n) to `total` (m, n), float32."""
+    with products_of(x, y):
+        for some, others in zip(x.float().split(PIECE), y.float().split(PIECE)):
+            total.addmm_(some.T, others)
 
 
 @torch.inference_mode()

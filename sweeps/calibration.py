@@ -82,15 +82,16 @@ def ensure_calibration(
     `hidden` asks for the hidden states too; `spill` says where they go meanwhile. One process collects, others wait
     for it. Raises NumericalError naming block and layer for NaN or infinity.
     """
-    if not _complete(directory, hidden):
+    if not is_complete(directory, hidden):
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
-            if not _complete(directory, hidden):
+            if not is_complete(directory, hidden):
                 _collect_all(directory, model(), rows(), progress, hidden, spill)
     return Calibration(directory)
 
 
-def _complete(directory: Path, hidden: bool) -> bool:
+def is_complete(directory: Path, hidden: bool) -> bool:
+    """Whether there is a finished calibration, with the hidden states if these are asked for."""
     file = directory / DONE
     return file.is_file() and (not hidden or read_json(file)["hidden"])
 

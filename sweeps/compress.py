@@ -26,7 +26,7 @@ from sweeps.shared import Shared
 from sweeps.store import read_json
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer, as the source has them
-ALONE = Workers()
+ALONE, UNSHARED = Workers(), Shared()
 
 
 @dataclass
@@ -38,6 +38,16 @@ class Compressed:
     made: Counter = field(default_factory=Counter)
     peak_rss_bytes: int = 0  # of the process that had the highest
 
+    def shares(self) -> dict[str, float]:
+        """Of each kind, the share that was reused."""
+        totals = self.reused + self.made
+        return {kind: self.reused[kind] / totals[kind] for kind in sorted(totals)}
+
+
+def notes_of(checkpoint: Path) -> Path:
+    """Where the notes about a checkpoint's finished blocks lie, until its point is done."""
+    return checkpoint.with_name(f"{checkpoint.name}-blocks")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -48,7 +58,7 @@ class Target:
 
     @property
     def notes(self) -> Path:
-        return self.directory.with_name(f"{self.directory.name}-blocks")
+        return notes_of(self.directory)
 
     def open(self, source: Path) -> None:
         """Begin, or go on with what was begun under the same key."""
@@ -111,7 +121,7 @@ def compress(
     dtype: torch.dtype,
     progress: Stage,
     workers: Workers = ALONE,
-    shared: Shared = Shared(),
+    shared: Shared = UNSHARED,
 ) -> Compressed:
     """Write the packed checkpoint of the model that `opened()` reads from the folder `source` to `target`.
 
@@ -120,12 +130,12 @@ def compress(
     """
     model, place = opened(), Target(target, fit.key)
     place.open(source)
-    task = BlockTask(opened, inputs, fit, shared, place)
+    task, before = BlockTask(opened, inputs, fit, shared, place), [place.note(i) for i in range(model.count)]
     if isinstance(inputs, Original):
-        _in_any_order(task, model.count, workers, progress)
+        _in_any_order(task, before, workers, progress)
     else:
-        _in_order(task, model.count, workers, progress)
-    found = _collected(place, model.count)
+        _in_order(task, before, workers, progress)
+    found = _collected(place, before)
     _name_few_tokens(found.matrices, progress)
     names = {full for full in named_matrices(model.model) if full in fit.names}
     if left := sorted(names - {s["name"] for s in found.matrices}):
@@ -136,25 +146,28 @@ def compress(
     return found
 
 
-def _in_any_order(task: BlockTask, count: int, workers: Workers, progress: Stage) -> None:
-    todo = [index for index in range(count) if task.target.note(index) is None]
-    for done, _ in enumerate(workers.map(task, todo), start=count - len(todo) + 1):
-        progress(done, count)
+def _in_any_order(task: BlockTask, before: list[dict | None], workers: Workers, progress: Stage) -> None:
+    todo = [index for index, note in enumerate(before) if note is None]
+    for done, _ in enumerate(workers.map(task, todo), start=len(before) - len(todo) + 1):
+        progress(done, len(before))
 
 
-def _in_order(task: BlockTask, count: int, workers: Workers, progress: Stage) -> None:
+def _in_order(task: BlockTask, before: list[dict | None], workers: Workers, progress: Stage) -> None:
     task = replace(task, workers=workers)
-    for index in range(count):
-        if task.target.note(index) is None:
+    for index, note in enumerate(before):
+        if note is None:
             task(index, task.fit.device)
         else:
             task.inputs.skip(index, read_matrices(task.target.directory, block_file(index)))
-        progress(index + 1, count)
+        progress(index + 1, len(before))
 
 
-def _collected(target: Target, count: int) -> Compressed:
+def _collected(target: Target, before: list[dict | None]) -> Compressed:
+    """What all blocks noted; `before` has the notes of those that were finished in an earlier run."""
     found = Compressed()
-    for note in (target.note(index) for index in range(count)):
+    for index, note in enumerate(before):
+        (found.made if note is None else found.reused)["blocks"] += 1
+        note = target.note(index) if note is None else note
         found.matrices += note["matrices"]
         found.reused.update(note["reused"])
         found.made.update(note["made"])

@@ -64,7 +64,8 @@ class Workers:
 
         with self._cluster():
             pool = Parallel(n_jobs=self.count, backend=self.backend, return_as="generator_unordered", batch_size=1)
-            yield from pool(delayed(_guarded)(task, key, job(key), where, self.threads) for key, where in places.items())
+            calls = (delayed(_guarded)(task, key, job(key), where, self.threads) for key, where in places.items())
+            yield from pool(calls)
 
     @contextmanager
     def _cluster(self) -> Iterator[None]:
@@ -113,3 +114,12 @@ def check_backend(name: str) -> None:
             import ray  # noqa: F401
         except ImportError as error:
             raise UserError("compute.backend=ray needs Ray: pip install 'caldera-sweeps[ray]'") from error
+
+
+def gpu_count() -> int:
+    return torch.cuda.device_count()
+
+
+def thread_count() -> int:
+    """Threads that torch would take."""
+    return torch.get_num_threads()

@@ -3,6 +3,7 @@
 import functools
 import gc
 import math
+import shutil
 from pathlib import Path
 
 from filelock import FileLock
@@ -39,11 +40,12 @@ def run_point(point: Point, reporter: Reporter) -> dict:
             record = _compute(point, reporter, folder)
         except Exception as error:
             failed = records.skeleton(point.name, point.key, point.config, axes(point), "failed")
-            failed |= {"error": records.error_of(error, reporter.stage_name, reporter.matrix)}
+            failed |= {"error": records.error_of(error, reporter.stage_name, getattr(error, "matrix", None))}
             logger.exception("point failed")
             _commit(point, failed | {"timings_s": reporter.timings}, folder)
             raise
         _commit(point, record, folder)
+        _tidy(point, folder / "checkpoint")
         gc.collect()
         return record
 
@@ -53,22 +55,34 @@ def _commit(point: Point, record: dict, folder: Path) -> None:
     track(record, point.config["tracker"], Path(point.config["results"]))
 
 
+def _tidy(point: Point, checkpoint: Path) -> None:
+    """Once the record says that the point is done, its notes have served, and so may its checkpoint have."""
+    from sweeps.compress import notes_of
+
+    shutil.rmtree(notes_of(checkpoint), ignore_errors=True)
+    if not point.config["keep_checkpoint"]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
     if point.method is None:
         return _cached_baseline(point, reporter)
     baseline = run_baseline(point, reporter)
-    matrices = compress_point(point, reporter, folder / "checkpoint")
+    checkpoint = folder / "checkpoint"
+    if point.config["force"]:
+        _drop(checkpoint)
+    compressed = compress_point(point, reporter, checkpoint)
     with reporter.stage("load"):
         from caldera.checkpoint import load_dense
 
-        model = load_dense(folder / "checkpoint", _dtype(point)).to(point.device)
+        model = load_dense(checkpoint, _dtype(point)).to(point.device)
     metrics = _evaluate(point, reporter, model)
     parameters = baseline["bits"]["model_parameters"]
     record = records.skeleton(point.name, point.key, point.config, axes(point), "done")
-    record |= {"metrics": metrics, "matrices": matrices, "timings_s": reporter.timings}
-    record["bits"] = records.bits_of(matrices, folder / "checkpoint", parameters)
-    if not point.config["keep_checkpoint"]:
-        _drop(folder / "checkpoint")
+    record |= {"metrics": metrics, "matrices": compressed.matrices, "timings_s": reporter.timings}
+    record["bits"] = records.bits_of(compressed.matrices, checkpoint, parameters)
+    record["reused"] = reporter.reused | compressed.shares()
+    record["memory"]["workers_peak_rss_bytes"] = compressed.peak_rss_bytes
     return record
 
 
@@ -86,6 +100,7 @@ def _cached_baseline(point: Point, reporter: Reporter) -> dict:
     cached = point.cache / "baselines" / f"{point.baseline_key}.json"
     cached.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cached}.lock"):
+        reporter.reused["baseline"] = float(cached.is_file())
         if not cached.is_file():
             write_json(cached, _baseline(point, reporter))
     record = read_json(cached)
@@ -113,31 +128,34 @@ def _baseline(point: Point, reporter: Reporter) -> dict:
     return record | {"metrics": metrics, "timings_s": own.timings, "bits": bits}
 
 
-def compress_point(point: Point, reporter: Reporter, target: Path) -> list[dict]:
-    """Calibrate and write the packed checkpoint; a summary of every matrix, as records list them."""
+def compress_point(point: Point, reporter: Reporter, target: Path):
+    """Calibrate and write the packed checkpoint: a `sweeps.compress.Compressed`."""
     import torch
 
     from sweeps.compress import Fit, compress
+    from sweeps.shared import Shared
 
-    device = torch.device(point.device)
-    inputs = _inputs(point, reporter, device)
-    fit = Fit(point.method, frozenset(point.inventory), device)
+    inputs = _inputs(point, reporter)
+    fit = Fit(point.method, frozenset(point.inventory), torch.device(point.device), point.key)
+    shared = Shared(point.cache / "shared" / point.shared_key[:24] if point.correction is None else None)
     with reporter.stage("compress") as progress:
-        return compress(point.checkpoint, _stored(point), inputs, fit, target, _dtype(point), progress)
+        options = {"workers": point.workers, "shared": shared}
+        return compress(point.checkpoint, _stored(point), inputs, fit, target, _dtype(point), progress, **options)
 
 
-def _inputs(point: Point, reporter: Reporter, device):
+def _inputs(point: Point, reporter: Reporter):
     """What the matrices are fitted to: see `sweeps.inputs`."""
-    from sweeps.calibration import ensure_calibration
+    from sweeps.calibration import ensure_calibration, is_complete
     from sweeps.inputs import CorrectedPrefix, Original
 
     folder, spill = point.cache / "moments" / point.moments_key[:24], _spill(point)
     with reporter.stage("calibrate") as progress:
         hidden = point.correction is not None
+        reporter.reused["moments"] = float(is_complete(folder, hidden))
         texts = functools.partial(_rows, point, "calibration")
         found = ensure_calibration(folder, lambda: _original(point), texts, progress, hidden, spill)
     if point.correction is None:
-        return Original(found, device)
+        return Original(found)
     return CorrectedPrefix(found, _original(point), _rows(point, "calibration"), point.correction, spill)
 
 
@@ -204,8 +222,8 @@ def _original(point: Point):
 
 
 def _stored(point: Point):
-    """The point's uncompressed model, for its weights."""
-    return _opened(point.checkpoint, None, "cpu", point.config["model"]["trust_remote_code"])
+    """What opens the point's uncompressed model, for its weights, in this process or a worker."""
+    return functools.partial(_opened, point.checkpoint, None, "cpu", point.config["model"]["trust_remote_code"])
 
 
 @functools.lru_cache(maxsize=1)
@@ -223,6 +241,8 @@ def _dtype(point: Point):
 
 
 def _drop(checkpoint: Path) -> None:
-    import shutil
+    """The checkpoint, and the notes that would let it be finished."""
+    from sweeps.compress import notes_of
 
-    shutil.rmtree(checkpoint)
+    for folder in (notes_of(checkpoint), checkpoint):
+        shutil.rmtree(folder, ignore_errors=True)

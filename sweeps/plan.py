@@ -16,14 +16,17 @@ from caldera.method import Method
 from caldera.quantizers import HALVES, get_quantizer
 from sweeps.evaluate import check_tasks
 from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
+from sweeps.parallel import Workers, check_backend, gpu_count, thread_count
 from sweeps.paths import default_cache
+from sweeps.shared import VERSION as SHARED_VERSION
 from sweeps.store import digest, require_writable
 from sweeps.texts import text_digest
 from sweeps.trackers import check_tracker
 from sweeps.wording import known_keys
 
 CODELESS = (*HALVES, "none")  # families that have neither bits nor scales to choose
-FIT_VERSION = 2  # counts up when the same settings give another checkpoint
+WORTHWHILE = 20_000_000  # weights to compress for which it pays to start processes
+FIT_VERSION = 3  # counts up when the same settings give another checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,22 @@ class Point:
         names = sorted(self.inventory)
         stored = [FIT_VERSION, self.moments_key, fit, corrected, names, self.config["method"]["name"], self.dtype]
         return digest([stored, self.evaluation_key])
+
+    @property
+    def shared_key(self) -> str:
+        """What factorised moments and leading subspaces depend on."""
+        return digest([SHARED_VERSION, self.moments_key, self.method.basis_options])
+
+    @property
+    def workers(self) -> Workers:
+        """Who compresses. Behind a compressed prefix one process with all threads is as quick as several."""
+        settings, gpus = self.config["compute"], gpu_count() if self.device == "cuda" else 0
+        cores = settings["threads"] or thread_count()
+        small = sum(m * n for m, n in self.inventory.values()) < WORTHWHILE
+        pays = 1 if self.correction or small else max(gpus, 1) if self.device != "cpu" else cores
+        count = settings["workers"] or pays
+        devices = tuple(f"cuda:{i}" for i in range(gpus)) or (self.device,)
+        return Workers(count, max(1, cores // count), settings["backend"], devices if count > 1 else (self.device,))
 
     @property
     def texts(self) -> str:
@@ -100,6 +119,7 @@ def resolve(cfg: DictConfig) -> Point:
     cache = cache_of(config)
     require_writable(cache, "cache")
     check_tasks(config["evaluation"]["tasks"])
+    check_backend(config["compute"]["backend"])
     method = _method(config)
     source = _source(config["model"])
     directory = checkpoint_dir(source, cache)
@@ -139,7 +159,7 @@ def _check_numbers(config: dict) -> None:
             raise UserError(f"{field}={value!r} names files: leave out the slash")
     positive = {"calibration": ("sequences", "length"), "evaluation": ("rows", "length", "batch_size", "limit")}
     least_of = {f"{g}.{n}": 2 if n == "length" else 1 for g, names in positive.items() for n in names}
-    for field, least in (least_of | {"compute.threads": 0, "compute.spill_mb": 0}).items():
+    for field, least in (least_of | {"compute.threads": 0, "compute.workers": 0, "compute.spill_mb": 0}).items():
         group, name = field.split(".")
         value = config[group][name]
         if value is not None and value < least:

@@ -49,12 +49,12 @@ SWEEP = Sweep()
 
 @dataclass
 class Reporter:
-    """Stages of one point: what is under way, how long each took, and where in the model the work is."""
+    """Stages of one point: what is under way, how long each took, and what was there already."""
 
     name: str
     timings: dict[str, float] = field(default_factory=dict)
+    reused: dict[str, float] = field(default_factory=dict)
     stage_name: str = "start"
-    matrix: str | None = None
     console: Console = field(default_factory=lambda: Console(file=sys.stdout, soft_wrap=True, highlight=False))
 
     def say(self, text: str) -> None:
@@ -65,7 +65,7 @@ class Reporter:
     @contextmanager
     def stage(self, name: str) -> Iterator["Stage"]:
         """Time a stage; calls to what it yields, with (done, total), show how far it is."""
-        self.stage_name, self.matrix, start = name, None, time.perf_counter()
+        self.stage_name, start = name, time.perf_counter()
         bar = Progress(
             TextColumn("  {task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -96,10 +96,6 @@ class Stage:
         left = clock((now - self.start) * (total - done) / done)
         line = f"  {self.name}: {done}/{total}, about {left} left"
         logger.info(line) if self.reporter.console.is_terminal else self.reporter.say(line)
-
-    def at(self, matrix: str) -> None:
-        """Note which matrix is worked on, for the record of a failure."""
-        self.reporter.matrix = matrix
 
 
 @contextmanager

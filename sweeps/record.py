@@ -28,6 +28,7 @@ def skeleton(name: str, key: str, config: dict, point: dict, status: str) -> dic
         "metrics": {},
         "matrices": [],
         "timings_s": {},
+        "reused": {},  # of what points share, by kind: the part that was there already, from 0 to 1
         "memory": {"peak_rss_bytes": peak_rss()},
         "environment": environment(),
         "seeds": {"seed": config["seed"], "calibration_shuffle": config["calibration"]["shuffle_seed"]},

@@ -120,12 +120,16 @@ class TrackerConfig:
 class ComputeConfig:
     """`device` as torch names it; `dtype` of the evaluated model; `threads` 0 = torch's choice.
 
+    Compression runs in `workers` processes, which divide the threads and the GPUs among them (0: as many as pay); with
+    `backend` ray they belong to the Ray cluster that RAY_ADDRESS names, or to a local one. Results are the same.
     Hidden states of the calibration rows that take more than `spill_mb` megabytes (2^20 bytes) go to the cache's disk.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 0
+    workers: int = 0
+    backend: str = "loky"
     spill_mb: int = 256
 
 

@@ -1,8 +1,8 @@
 """What the points of a sweep share of the fit itself: factorised moments and the leading subspaces of W C.
 
-Both depend on the calibration, the seed, the damping and the transform, not on ranks and bits. They lie in the cache, two
-files a block; whoever needs one that is not there makes it. Only fits to the original model's inputs share: behind a
-compressed prefix every point has moments of its own.
+Both depend on the calibration, the seed, the damping and the transform, not on ranks and bits. They lie in the cache,
+two files a block; whoever needs one that is not there makes it. Only fits to the original model's inputs share: behind
+a compressed prefix every point has moments of its own.
 """
 
 import json
@@ -64,7 +64,8 @@ class SharedBlock:
         file = self._file("factors")
         stored = file.entries.get(name)
         if stored:
-            known = Factorised(stored["chol"].to(moments.device), file.facts[name]["sigma"], file.facts[name]["jitters"])
+            facts = file.facts[name]
+            known = Factorised(stored["chol"].to(moments.device), facts["sigma"], facts["jitters"])
             self.reused["factorisations"] += 1
             return prepare(moments, name=name, **options, known=known)
         basis = prepare(moments, name=name, **options)

@@ -9,7 +9,7 @@ from torch import nn
 from caldera.blocks import InputGroup, Stream, decoder_blocks, input_groups
 from caldera.errors import NumericalError, UserError
 from caldera.matrices import matrices
-from caldera.moments import Accumulator, collect, pooled
+from caldera.moments import Accumulator, add_product, collect, pooled, products_of
 from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian
 
@@ -290,6 +290,34 @@ def test_accumulator_sums_in_float32(dtype):
     accumulator.add(x)
     assert accumulator.total.dtype == torch.float32 and torch.equal(x, before)
     torch.testing.assert_close(accumulator.mean().double(), x.double().T @ x.double() / 400, rtol=1e-4, atol=1.0)
+
+
+def test_products_of_bfloat16_numbers_are_as_exact_as_float32_and_leave_no_setting_behind():
+    """Of a width at which the CPU's own instructions are chosen."""
+    x, before = gaussian(2048, 256).bfloat16(), torch.backends.mkldnn.matmul.fp32_precision
+    accumulator = Accumulator.zeros(256, torch.device("cpu"))
+    for rows in x.split(1024):
+        accumulator.add(rows)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    expected = x.double().T @ x.double() / 2048
+    assert relative(accumulator.mean(), expected) < 3e-7
+    with pytest.raises(KeyError), products_of(x):
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with products_of(x, x.float()):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_product_of_two_is_added_in_float32(dtypes):
+    x, y = (gaussian(700, n, seed=n).to(dtype) for n, dtype in zip((96, 256), dtypes))
+    total = torch.ones(96, 256)
+    add_product(total, x, y)
+    assert relative(total, 1 + x.double().T @ y.double()) < 3e-7
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def test_an_accumulator_without_tokens_is_zero():

@@ -24,13 +24,13 @@ FIT = {"rank": 2, "outer_iterations": 1, "inner_iterations": 1, "q": "uniform_4b
 def fitted(source, stored, folder, out, mode: str, spill: Spill | None) -> dict[str, bytes]:
     """Every file of the calibration and of the packed checkpoint, by its name below `out`."""
     moments = ensure_calibration(out / "moments", lambda: source, lambda: ROWS, lambda *_: None, True, spill)
-    inputs = Original(moments, torch.device("cpu"))
+    inputs = Original(moments)
     if mode == "corrected":
         inputs = CorrectedPrefix(moments, source, ROWS, Correction(), spill)
     names = frozenset(name for name in named_matrices(source.model) if chosen(name, ["*"], EXCLUDED))
     fit = Fit(Method(**FIT), names, torch.device("cpu"))
     with Reporter("test").stage("compress") as progress:
-        compress(folder, stored, inputs, fit, out / "packed", torch.bfloat16, progress)
+        compress(folder, lambda: stored, inputs, fit, out / "packed", torch.bfloat16, progress)
     return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.glob("*/*")) if f.is_file()}
 
 
