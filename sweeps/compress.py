@@ -13,7 +13,8 @@ from torch import Tensor
 from caldera import Basis, Decomposition, Method, decompose, predict_error, prepare
 from caldera.blocks import covered, named_matrices
 from caldera.checkpoint import block_file, write_manifest, write_matrices, write_rest
-from caldera.matrices import Matrix, matrices
+from caldera.devices import release
+from caldera.matrices import matrices
 from caldera.streamed import Source
 from sweeps.inputs import CorrectedPrefix, Given, Original
 from sweeps.progress import Stage
@@ -45,11 +46,11 @@ def compress(
     names = {full for full in named_matrices(model.model) if full in fit.names}
     summaries = []
     for index in range(model.count):
-        name, packed = f"{model.name}.{index}", []
-        layers = {f"{name}.{own}": m for own, m in matrices(model.block(index)).items() if f"{name}.{own}" in names}
-        for d, facts in compress_block(layers, name, inputs, index, fit, progress.at):
+        packed = []
+        for d, facts in compress_block(model, names, inputs, index, fit, progress.at):
             packed.append(d.packed)
             summaries.append(summary(d) | facts)
+            release()
         write_matrices(target, block_file(index), packed)
         _name_few_tokens(summaries[len(summaries) - len(packed) :], progress)
         progress(index + 1, model.count)
@@ -70,9 +71,11 @@ def _name_few_tokens(summaries: list[dict], progress: Stage) -> None:
 
 
 def compress_block(
-    layers: dict[str, Matrix], block: str, inputs: Inputs, index: int, fit: Fit, at: Callable
+    model: Source, names: set[str], inputs: Inputs, index: int, fit: Fit, at: Callable
 ) -> Iterator[tuple[Decomposition, dict]]:
     """Decompositions of a block's matrices, and what else a record says of each; a group shares one basis."""
+    block = f"{model.name}.{index}"
+    layers = {f"{block}.{own}": m for own, m in matrices(model.block(index)).items() if f"{block}.{own}" in names}
     for given in itertools.chain.from_iterable(inputs.stages(index)):
         members = [name for name in given.group.members if f"{block}.{name}" in layers]
         if not members:
