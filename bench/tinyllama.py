@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--compress", choices=("original", "corrected"))
     parser.add_argument("settings", nargs="*", help="more overrides, as caldera-run takes them")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.compress is None:
         given.directory.mkdir(parents=True, exist_ok=True)
         return make(given.directory)

@@ -1,7 +1,9 @@
 """The few places where tensors meet the host: constants on a device, scalars read back, rows split over threads."""
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import pairwise
 
@@ -29,6 +31,12 @@ def _cached(make: Callable[[], np.ndarray], device: torch.device) -> Tensor:
 def constant(make: Callable[[], np.ndarray], like: Tensor) -> Tensor:
     """The array that `make()` returns, as a tensor on the device of `like`; built and copied once a device."""
     return torch.tensor(make(), device=like.device) if is_fake(like) else _cached(make, like.device)
+
+
+def release() -> None:
+    """Give what was freed back to the system, where the C library keeps it (glibc: pieces of up to 32 MB)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @lru_cache(maxsize=1)

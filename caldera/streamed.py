@@ -42,15 +42,20 @@ class Whole:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A model whose blocks, and whose head unless it is tied, are on the meta device; all else has data."""
+    """A model whose blocks, and whose head unless it is tied, are on the meta device; all else has data.
+
+    Without a dtype nothing has: blocks are read as they are stored, for their weights and not for forward passes.
+    """
 
     model: nn.Module
     names: dict[str, str]  # of every parameter, that of its tensor in the files
     files: dict[str, Path]  # the file of every tensor
-    dtype: torch.dtype | None = None  # of blocks and all else; None: as they are stored
+    dtype: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
+        if self.dtype is None:
+            return
         blocks = {id(p) for p in decoder_blocks(self.model)[1].parameters()}
         _fill(self.model, self._reader("", self.dtype, self.device), blocks | _own_head(self.model), self.device)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from caldera.blocks import InputGroup, Stream, input_groups, residual_writers
+from caldera.devices import release
 from caldera.files import committed, write_json
 from caldera.moments import collect, pooled
 from caldera.rows import Rows, Spill
@@ -112,18 +113,25 @@ def _collect_all(
         progress(done, model.count * len(rows))
 
     for index in range(model.count):
-        block = model.block(index)
         if hidden:
             _write_hidden(directory / _hidden_file(index), stream.hidden)
-        groups, writers = input_groups(block, stream, index), residual_writers(block, stream, index)
-        found = collect(block, stream, index, groups, f"{model.name}.{index}", step)
-        moments, few = pooled(groups, found)
-        with committed(directory / _moments_file(index)) as part:
-            save_file({key: h.cpu().contiguous() for key, h in moments.items()}, part)
-        facts = [asdict(g) | {"tokens": found[g.name].tokens, "filled_up": g.name in few} for g in groups]
-        listed.append({"groups": facts, "residual_writers": writers})
+        listed.append(_collect_block(directory, model, stream, index, step))
+        release()
     facts = {"blocks_name": model.name, "blocks": listed, "tokens": rows.numel(), "hidden": hidden}
     write_json(directory / DONE, facts)
+
+
+def _collect_block(directory: Path, model: Source, stream: Stream, index: int, step: Callable[[int], None]) -> dict:
+    """What the manifest says of a block; its moments are written, the stream has advanced, all else is forgotten."""
+    block = model.block(index)
+    groups, writers = input_groups(block, stream, index), residual_writers(block, stream, index)
+    found = collect(block, stream, index, groups, f"{model.name}.{index}", step)
+    del block
+    moments, few = pooled(groups, found)
+    with committed(directory / _moments_file(index)) as part:
+        save_file({key: h.cpu().contiguous() for key, h in moments.items()}, part)
+    facts = [asdict(g) | {"tokens": found[g.name].tokens, "filled_up": g.name in few} for g in groups]
+    return {"groups": facts, "residual_writers": writers}
 
 
 def _write_hidden(path: Path, rows: list[Tensor] | Rows) -> None:

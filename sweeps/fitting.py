@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from caldera import Basis, Decomposition, Method, decompose, predict_error
+from caldera.devices import release
 from caldera.matrices import Matrix
 from caldera.problem import Problem
 from sweeps.inputs import CorrectedPrefix, Given, Original
@@ -117,6 +118,7 @@ class _Maker:
         approximation = fitted.found.dequantize().to(self.fit.device)
         error = self.given.output_error(self._weight(), approximation)
         inputs.install(self.name, approximation)
+        release()
         tokens = {"tokens": self.given.tokens, "few_tokens": self.given.few, "seconds": fitted.seconds}
         error = fitted.found.relative_error if error is None else error
         return fitted.found, tokens | {"predicted_error": fitted.predicted, "output_error": error}

@@ -81,7 +81,8 @@ def open_model(directory: Path, dtype=None, device="cpu", trust_remote_code: boo
     """The causal LM in `directory` as a `caldera.streamed.Source`, in eval mode; `dtype` as for `load_model`.
 
     Blocks are read when they are asked for, or, where transformers has to convert the checkpoint's tensors, the whole
-    model is read now. dtype None: as the weights are stored, or float32. Raises UserError as `load_model` does.
+    model is read now. dtype None: for the weights alone, as they are stored, or float32. Raises UserError as
+    `load_model` does.
     """
     import torch
     from safetensors import SafetensorError
