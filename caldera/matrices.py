@@ -101,10 +101,11 @@ class Products(TorchFunctionMode):
     """While it is entered, `seen(name, x, y)` hears of every product y = x W^T (+ bias) with a watched matrix.
 
     What `seen` returns, unless it is None, takes the place of y; y is a function, so that it is computed only if it is
-    called. Products are recognised by the memory of their weight: it does not matter which module computes them.
+    called, with another x if it is given one. Products are recognised by the memory of their weight: it does not matter
+    which module computes them.
     """
 
-    def __init__(self, watched: Iterable[Matrix], seen: Callable[[str, Tensor, Callable[[], Tensor]], Tensor | None]):
+    def __init__(self, watched: Iterable[Matrix], seen: Callable[[str, Tensor, Callable[..., Tensor]], Tensor | None]):
         super().__init__()
         self.names = {matrix.stored.data_ptr(): matrix.name for matrix in watched}
         self.seen = seen
@@ -116,7 +117,7 @@ class Products(TorchFunctionMode):
         x, weight = (_operand(args, kwargs, at) for at in place)
         plain = isinstance(weight, Tensor) and weight.dim() == 2  # a stack of experts begins where its first one does
         name = self.names.get(weight.data_ptr()) if plain else None
-        y = partial(function, *args, **kwargs)
+        y = partial(_product, function, args, kwargs, place[0])
         instead = None if name is None else self.seen(name, x, y)
         return y() if instead is None else instead
 
@@ -133,6 +134,16 @@ def watch(watched: Iterable[Matrix], note: Callable[[str, Tensor], None]) -> Pro
 def _operand(args: tuple, kwargs: dict, place: tuple[int, str]) -> Tensor | None:
     index, key = place
     return args[index] if index < len(args) else kwargs.get(key)
+
+
+def _product(function: Callable, args: tuple, kwargs: dict, place: tuple[int, str], x: Tensor | None = None) -> Tensor:
+    """What the function gives, with x, if it is given, as the operand at that place."""
+    if x is None:
+        return function(*args, **kwargs)
+    index, key = place
+    if index < len(args):
+        return function(*args[:index], x, *args[index + 1 :], **kwargs)
+    return function(*args, **kwargs | {key: x})
 
 
 # where a product has its input and its weight: (position, keyword)

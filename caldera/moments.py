@@ -66,6 +66,13 @@ class Accumulator:
         return lower + lower.tril(-1).T
 
 
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x^T y of tokens x (t, m) and y (t, n) to `total` (m, n), float32."""
+    with products_of(x, y):
+        for some, others in zip(x.float().split(PIECE), y.float().split(PIECE)):
+            total.addmm_(some.T, others)
+
+
 @torch.inference_mode()
 def collect(
     block: nn.Module, stream: Stream, index: int, groups: list[InputGroup], what: str, progress: Callable | None = None

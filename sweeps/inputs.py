@@ -7,16 +7,15 @@ same code for both. `install` hears of every compressed matrix before the next s
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from caldera.blocks import InputGroup, Stop, Stream, decoder_blocks
+from caldera.blocks import InputGroup, Stream, decoder_blocks
 from caldera.correction import Correction, output_error
-from caldera.matrices import matrices, watch
-from caldera.moments import Accumulator
+from caldera.moments import Accumulator, add_product
+from caldera.replay import Plan, Replay
 from sweeps.calibration import Calibration
 
 
@@ -61,7 +60,7 @@ class CorrectedPrefix:
 
     Inside a block each stage (q/k/v, o, gate/up, down) sees the stages before it compressed. Experts keep the
     original's moments and weights: the two models may route a token differently. Memory: the model, one more block,
-    the original's inputs of one block, and the compressed hidden states.
+    and of either model the hidden states, the inputs of one group and what the block added to the stream so far.
     """
 
     calibration: Calibration
@@ -72,75 +71,73 @@ class CorrectedPrefix:
     def __post_init__(self) -> None:
         self.stream = Stream.open(self.model, self.rows)  # of the compressed prefix
         self.blocks = decoder_blocks(self.model)[1]
+        self.plan: Plan | None = None
 
     @torch.no_grad()
     def stages(self, index: int) -> Iterator[list[Given]]:
         """The groups that run side by side, in the order in which they run."""
-        self.index, self.block = index, copy.deepcopy(self.blocks[index])
-        groups, self.moments = self.calibration.groups(index), self.calibration.moments(index)
+        self.index, self.moments = index, self.calibration.moments(index)
         self.writers = self.calibration.residual_writers(index)
-        before = self.calibration.hidden(index).to(self.stream.hidden[0])
-        # (length, width) a row: what the compressed residual stream lacks
-        self.lack = [(x - y[0]).float() for x, y in zip(before, self.stream.hidden)]
-        self.inputs = self._original_inputs(Stream(list(before.split(1)), self.stream.arguments), groups)
+        groups, original = self.calibration.groups(index), self.blocks[index]
+        self._open(original, copy.deepcopy(original), groups)
+        steps = {group: step for step, group in enumerate(self.plan.groups)}
         for _, stage in itertools.groupby(groups, key=lambda group: group.stage):
-            yield from self._stage(list(stage))
-        self.stream.advance(self.block, index)
+            stage = list(stage)
+            if all(group in steps for group in stage):
+                yield [self._given(group, steps[group]) for group in stage]
+            else:
+                yield as_original(self.calibration, index, stage, self.moments, self.stream.hidden[0].device)
+        for row, output in enumerate(self.compressed.outputs()):
+            self.stream.hidden[row] = output
 
     def install(self, name: str, weight: Tensor) -> None:
         """Put W^ (m, n) of the matrix of that name, in its block, into the compressed prefix."""
-        matrices(self.block)[name].write(weight)
+        self.compressed.layers[name].write(weight)
 
-    def _original_inputs(self, stream: Stream, groups: list[InputGroup]) -> dict[str, list[Tensor]]:
-        """What each group receives in the original, (length, n) a row; those that miss a token are left out."""
-        found = self._record(self.blocks[self.index], stream, [g for g in groups if not g.expert])
-        lengths = [self.rows.shape[1]] * len(self.rows)
-        return {name: rows for name, rows in found.items() if [len(x) for x in rows] == lengths}
+    def _open(self, original: nn.Module, compressed: nn.Module, groups: list[InputGroup]) -> None:
+        """Both blocks at their start; groups that miss a token have no pairs of inputs."""
+        tokens = self.calibration.tokens(self.index)
+        whole = [g for g in groups if not g.expert and tokens[g.name] == self.rows.numel()]
+        self.plan = Plan.of(compressed, self.stream, self.index, whole, like=self.plan)
+        before = self.calibration.hidden(self.index).to(self.stream.hidden[0])
+        stream = Stream(list(before.split(1)), self.stream.arguments)
+        writing = [[name for name in g.members if name in self.writers] for g in self.plan.groups]
+        noted = list(itertools.chain.from_iterable([names for names in writing if names][:-1]))  # a later one uses them
+        self.original = Replay(original, stream, self.index, self.plan, noted)
+        self.compressed = Replay(compressed, self.stream, self.index, self.plan, noted)
 
-    def _record(self, block: nn.Module, stream: Stream, groups: list[InputGroup]) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {g.name: [] for g in groups}
-
-        def note(name: str, x: Tensor) -> None:
-            found[name].append(x.reshape(-1, x.shape[-1]).clone())
-            if name == groups[-1].name:
-                raise Stop
-
-        layers = matrices(block)
-        for row in range(len(self.rows)):
-            with watch([layers[g.name] for g in groups], note), suppress(Stop):
-                stream.run(block, self.index, row)
-        return found
-
-    def _stage(self, stage: list[InputGroup]) -> Iterator[list[Given]]:
-        if any(g.name not in self.inputs for g in stage):
-            yield as_original(self.calibration, self.index, stage, self.moments, self.stream.hidden[0].device)
-            return
-        received = self._record(self.block, self.stream, stage)
-        yield [self._given(g, received[g.name]) for g in stage]
-        layers, originals = matrices(self.block), matrices(self.blocks[self.index])
-        for group, name in ((g, name) for g in stage for name in g.members if name in self.writers):
-            for lack, x, y in zip(self.lack, self.inputs[group.name], received[group.name]):
-                lack += x @ originals[name].read().T - y @ layers[name].read().T
-
-    def _given(self, group: InputGroup, received: list[Tensor]) -> Given:
-        n, device = group.width, received[0].device
-        moments, cross = Accumulator.zeros(n, device), torch.zeros(n, n, device=device)
-        writes = any(name in self.writers for name in group.members)
-        lack = torch.zeros(self.lack[0].shape[1], n, device=device) if writes else None
-        for x, y, missing in zip(self.inputs[group.name], received, self.lack):
-            moments.add(y)
-            cross.addmm_(x.float().T, y.float())
-            if writes:
-                lack.addmm_(missing.T, y.float())
-        seen, cross = moments.mean(), cross / moments.tokens
-        lack = None if lack is None else lack / moments.tokens
+    def _given(self, group: InputGroup, step: int) -> Given:
+        seen, cross, lack, tokens = self._means(group, step)
         what, depth = f"block {self.index}.{group.name}", self.index / max(len(self.blocks) - 1, 1)
         target = self.correction.fit(seen, cross, lack, depth, what)
-        original = self.moments[group.name].to(device)
+        original = self.moments[group.name].to(seen.device)
         return Given(
             group,
             seen,
-            moments.tokens,
+            tokens,
             target=lambda name, weight: target.of(weight, name in self.writers),
             output_error=lambda weight, approximation: output_error(weight, approximation, original, cross, seen),
         )
+
+    def _means(self, group: InputGroup, step: int) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """H^ and C (n, n), D (width, n) if a matrix of the group writes into the stream, and the number of tokens."""
+        n, hidden = group.width, self.stream.hidden[0]
+        moments, cross = Accumulator.zeros(n, hidden.device), torch.zeros(n, n, device=hidden.device)
+        writes = any(name in self.writers for name in group.members)
+        lack = torch.zeros(hidden.shape[-1], n, device=hidden.device) if writes else None
+        for row, (x, y) in enumerate(zip(self.original.inputs(step), self.compressed.inputs(step))):
+            moments.add(y)
+            add_product(cross, x, y)
+            if writes:
+                add_product(lack, self._lack(row), y)
+        tokens = moments.tokens
+        return moments.mean(), cross / tokens, None if lack is None else lack / tokens, tokens
+
+    def _lack(self, row: int) -> Tensor:
+        """(length, width): what the compressed residual stream lacks, in the stream's own dtype."""
+        lack = self.original.stream.hidden[row].float() - self.stream.hidden[row].float()
+        lack = lack.reshape(-1, lack.shape[-1])
+        for name in self.compressed.noted:
+            if rows := self.original.products.get(name):
+                lack += (rows[row].float() - self.compressed.products[name][row].float()).reshape(lack.shape)
+        return lack.to(self.stream.hidden[row].dtype)

@@ -23,7 +23,7 @@ from sweeps.trackers import check_tracker
 from sweeps.wording import known_keys
 
 CODELESS = (*HALVES, "none")  # families that have neither bits nor scales to choose
-FIT_VERSION = 2  # counts up when the same settings give another checkpoint
+FIT_VERSION = 3  # counts up when the same settings give another checkpoint
 
 
 @dataclass(frozen=True)
