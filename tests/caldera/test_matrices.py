@@ -236,6 +236,14 @@ def test_an_output_is_replaced_when_asked():
     assert computed == ["0", "1"] and torch.equal(block(x), plain)
 
 
+@pytest.mark.parametrize("product", PLAIN)
+def test_an_output_may_be_computed_from_another_input(product):
+    layer, x, other = nn.Linear(8, 6), gaussian(5, 8), gaussian(5, 8, seed=1)
+    with Products(matrices(nn.ModuleDict({"a": layer})).values(), lambda _name, _x, y: y(other)):
+        y = PLAIN[product](x, layer.weight, layer.bias)
+    torch.testing.assert_close(y, PLAIN[product](other, layer.weight, layer.bias))
+
+
 def test_an_output_that_is_replaced_is_not_computed():
     block = nn.Linear(8, 6)
     with Products(matrices(nn.ModuleDict({"a": block})).values(), lambda *_: torch.zeros(2)):

@@ -9,7 +9,7 @@ from torch import nn
 from caldera.blocks import InputGroup, Stream, decoder_blocks, input_groups
 from caldera.errors import NumericalError, UserError
 from caldera.matrices import matrices
-from caldera.moments import Accumulator, collect, pooled, products_of
+from caldera.moments import Accumulator, add_product, collect, pooled, products_of
 from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian
 
@@ -264,6 +264,14 @@ def test_products_of_bfloat16_numbers_are_as_exact_as_float32_and_leave_no_setti
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     with products_of(x, x.float()):
         assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_product_of_two_is_added_in_float32(dtypes):
+    x, y = (gaussian(700, n, seed=n).to(dtype) for n, dtype in zip((96, 256), dtypes))
+    total = torch.ones(96, 256)
+    add_product(total, x, y)
+    assert relative(total, 1 + x.double().T @ y.double()) < 3e-7
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

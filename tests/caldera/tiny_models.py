@@ -70,6 +70,28 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }  # fmt: skip
 
 
+def rewired(joined: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> PreTrainedModel:
+    """A Llama whose MLPs give `joined(output, products)`, with what their block's layers gave by name."""
+    model = llama()
+    for block in model.model.layers:
+        products: dict[str, Tensor] = {}
+        for name, layer in block.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda _m, _x, out, n=name, p=products: p.__setitem__(n, out))
+        block.mlp.register_forward_hook(lambda _m, _x, out, p=products: joined(out, p))
+    return model
+
+
+def shown_again(out: Tensor, products: dict[str, Tensor]) -> Tensor:
+    """v's product reaches the output past the attention too."""
+    return out + products["self_attn.v_proj"].repeat(1, 1, WIDTH // products["self_attn.v_proj"].shape[-1])
+
+
+def shown_together(out: Tensor, products: dict[str, Tensor]) -> Tensor:
+    """Another output where v's and up's products are both zero."""
+    return out + (not products["self_attn.v_proj"].any() and not products["mlp.up_proj"].any())
+
+
 def token_rows(rows: int = 3, length: int = 20) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 

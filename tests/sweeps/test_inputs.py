@@ -125,9 +125,19 @@ def expected_target(weight, x, y, lack, depth: float) -> torch.Tensor:
 
 
 def test_corrected_targets_follow_what_was_compressed_before(family):
+    check_targets(*family)
+
+
+@pytest.mark.parametrize("joined", [tiny_models.shown_again, tiny_models.shown_together])
+def test_corrected_targets_where_products_act_past_the_stages_too(tmp_path, joined):
+    model = tiny_models.rewired(joined)
+    inputs = check_targets("llama", model, calibrated(tmp_path, model))
+    assert (inputs.plan.needs is None) == (joined is tiny_models.shown_together)
+
+
+def check_targets(kind, model, calibration) -> CorrectedPrefix:
     """Stage by stage: a second model gets each compressed weight once its stage is over, and plain passes of the two
     show what the next stage sees: o after q, k, v; down after gate and up; a block after the blocks before it."""
-    kind, model, calibration = family
     other, originals = copy.deepcopy(model), plain_inputs(model, ROWS)
     inputs, (prefix, blocks) = CorrectedPrefix(calibration, model, ROWS, CORRECTION), decoder_blocks(model)
     for index in range(len(blocks)):
@@ -148,6 +158,7 @@ def test_corrected_targets_follow_what_was_compressed_before(family):
                 weight_of(other, full).copy_(approximation)
                 written += [name] * (name in WRITERS[kind])
         assert written == WRITERS[kind]
+    return inputs
 
 
 def check_experts(given, weight, x, moments) -> None:
