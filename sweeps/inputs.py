@@ -16,6 +16,7 @@ from caldera.blocks import InputGroup, Stream, decoder_blocks
 from caldera.correction import Correction, output_error
 from caldera.moments import Accumulator, add_product
 from caldera.replay import Plan, Replay
+from caldera.wiring import replay_plan
 from sweeps.calibration import Calibration
 
 
@@ -98,7 +99,7 @@ class CorrectedPrefix:
         """Both blocks at their start; groups that miss a token have no pairs of inputs."""
         tokens = self.calibration.tokens(self.index)
         whole = [g for g in groups if not g.expert and tokens[g.name] == self.rows.numel()]
-        self.plan = Plan.of(compressed, self.stream, self.index, whole, like=self.plan)
+        self.plan = replay_plan(compressed, self.stream, self.index, whole, like=self.plan)
         before = self.calibration.hidden(self.index).to(self.stream.hidden[0])
         stream = Stream(list(before.split(1)), self.stream.arguments)
         writing = [[name for name in g.members if name in self.writers] for g in self.plan.groups]

@@ -9,6 +9,7 @@ import torch
 from caldera.blocks import Stream, decoder_blocks, input_groups
 from caldera.matrices import matrices, watch
 from caldera.replay import ATTENTION, Plan, Replay
+from caldera.wiring import replay_plan
 from tests.caldera import tiny_models
 from tests.caldera.oracles import gaussian
 from tests.caldera.tiny_models import HEADS, SIZES, built
@@ -42,7 +43,7 @@ def opened(model, index=0):
 
 def plan_of(model, index=0, like=None) -> Plan:
     block, stream, groups = opened(model, index)
-    return Plan.of(block, stream, index, groups, like)
+    return replay_plan(block, stream, index, groups, like)
 
 
 def plain(block, stream, row, name=None) -> torch.Tensor:
@@ -75,7 +76,7 @@ def check_replay(block, stream, plan) -> Counter:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_replay_shows_what_plain_runs_do_and_computes_a_product_once(name):
     block, stream, groups = opened(MODELS[name]())
-    plan = Plan.of(block, stream, 0, groups, None)
+    plan = replay_plan(block, stream, 0, groups, None)
     assert list(plan.groups) == groups and plan.needs is not None
     computed = check_replay(block, stream, plan)
     once = [name for g in groups for name in g.members]
@@ -103,7 +104,7 @@ def test_a_product_that_reaches_the_output_another_way_too_is_needed_there():
     model = tiny_models.rewired(tiny_models.shown_again)
     block, stream, groups = opened(model)
     q, o, up, down = [g.name for g in groups]
-    plan = Plan.of(block, stream, 0, groups, None)
+    plan = replay_plan(block, stream, 0, groups, None)
     assert plan.needs == tuple(map(frozenset, [[], [ATTENTION, q], [o], [up], [o, q, down]]))
     check_replay(block, stream, plan)
 
@@ -111,10 +112,23 @@ def test_a_product_that_reaches_the_output_another_way_too_is_needed_there():
 def test_where_a_replay_would_show_something_else_plain_runs_take_its_place():
     """The products matter together alone: no experiment with one of them shows it, the trial does."""
     block, stream, groups = opened(tiny_models.rewired(tiny_models.shown_together))
-    plan = Plan.of(block, stream, 0, groups, None)
+    plan = replay_plan(block, stream, 0, groups, None)
     assert plan.needs is None and list(plan.groups) == groups
     computed = check_replay(block, stream, plan)
     assert computed[groups[0].name] == 4 * len(ROWS) and computed[groups[-1].name] == len(ROWS)
+
+
+def test_weights_that_are_zero_hide_nothing():
+    """Blocks that were added to a model begin so; the matrices that take their place need not be zero."""
+    model = tiny_models.llama()
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        layer = model.model.layers[0].get_submodule(name)
+        for parameter in layer.parameters():
+            parameter.zero_()
+    block, stream, groups = opened(model)
+    plan = replay_plan(block, stream, 0, groups, None)
+    assert plan.needs == plan_of(tiny_models.llama()).needs
+    check_replay(block, stream, plan)
 
 
 def test_a_product_changed_in_place_is_given_as_it_was():
@@ -122,7 +136,7 @@ def test_a_product_changed_in_place_is_given_as_it_was():
         return products["self_attn.o_proj"].mul_(2) + out
 
     block, stream, groups = opened(tiny_models.rewired(changed))
-    check_replay(block, stream, Plan.of(block, stream, 0, groups, None))
+    check_replay(block, stream, replay_plan(block, stream, 0, groups, None))
 
 
 def test_a_matrix_that_runs_twice_has_no_stage():
@@ -135,7 +149,7 @@ def test_a_matrix_that_runs_twice_has_no_stage():
 @pytest.mark.parametrize("replayed", [True, False])
 def test_what_a_matrix_gave_is_kept_where_asked(replayed):
     block, stream, groups = opened(tiny_models.llama())
-    plan = Plan.of(block, stream, 0, groups, None) if replayed else Plan(tuple(groups), None)
+    plan = replay_plan(block, stream, 0, groups, None) if replayed else Plan(tuple(groups), None)
     replay = Replay(block, stream, 0, plan, ["self_attn.v_proj"])
     expected = [block.self_attn.v_proj(x) for x in replay.inputs(0)]
     assert not replay.products
