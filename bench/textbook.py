@@ -3,7 +3,8 @@
 Columns are rounded group by group in a Python loop. The codebook search is the one of the published implementations:
 the signs are folded away, then a product with all 1366 codewords that can still be nearest and an argmax, for both
 shifts. Every outer iteration takes a fresh full SVD, every step its own Cholesky factor, every inner iteration its
-n x n products anew. Scales, damping and the random rotation of the factors are the project's: they decide the error.
+n x n products anew. Scales, damping and the random rotation of the factors are the project's: they decide the error,
+which is that of `decompose` with `warm_start=False`; warm-started factors end a little lower.
 
 All matrices are in the coordinates of the randomized transform; sizes are multiples of 8.
 """
