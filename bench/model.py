@@ -36,7 +36,7 @@ def point(quick: bool) -> list[Row]:
     overrides, what = settings(quick, sequences, length)
     found = {inputs: _alone([*E8P, "rank.k=32", f"method.inputs={inputs}", *overrides]) for inputs in KINDS}
     forward = forward_pass(sequences, length)
-    rows = [row for inputs, run in found.items() for row in _stages(run, f"{inputs}, rank 32, {what}")]
+    rows = [row for inputs, run in found.items() for row in _stages(run, f"{inputs}, rank 32", what)]
     rows.append(
         Row("forward pass, calibration rows", f"{sequences} x {length} tokens", forward.seconds, runs=forward.runs)
     )
@@ -59,12 +59,12 @@ def _alone(overrides: list[str]) -> Finished:
         return caldera_run(folder, *overrides)
 
 
-def _stages(run: Finished, case: str) -> list[Row]:
+def _stages(run: Finished, case: str, what: str) -> list[Row]:
     """A row for each stage of the first point, one for all of them, and one for the whole process."""
     record = run.points[0]
     rows = [Row(f"point: {stage}", case, seconds) for stage, seconds in record["timings_s"].items()]
     peak = record["memory"]["peak_rss_bytes"]
-    rows.append(Row("point: all stages", case, seconds_of(record), peak_bytes=peak))
+    rows.append(Row("point: all stages", case, seconds_of(record), peak_bytes=peak, note=what))
     baseline = seconds_of(run.baseline)
     note = f"start, checks, {baseline:.1f} s for the uncompressed model"
     return [*rows, Row("point: process", case, run.seconds, note=note)]

@@ -1,6 +1,7 @@
 """LDLQ, LPLR and whole decompositions for several shapes, beside matrix products and the textbook's version."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from bench.problems import (
     warm_up,
 )
 from bench.rows import Row
-from bench.timing import timed
+from bench.timing import once, timed
 from caldera import Basis, decompose, prepare
 from caldera.ldlq import ldlq
 from caldera.lowrank import lplr
@@ -33,8 +34,8 @@ SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096))
 def shapes(quick: bool) -> list[Row]:
     """Three rows a shape."""
     warm_up()
-    chosen = SHAPES[:3] if quick else SHAPES
-    return [row for m, n in chosen for row in shape_rows(m, n, textbook_iterations(m, n, quick))]
+    chosen, measure = (SHAPES[:3], once) if quick else (SHAPES, timed)
+    return [row for m, n in chosen for row in shape_rows(m, n, textbook_iterations(m, n, quick), measure)]
 
 
 def textbook_iterations(m: int, n: int, quick: bool) -> int:
@@ -44,12 +45,15 @@ def textbook_iterations(m: int, n: int, quick: bool) -> int:
     return OUTER if m * n <= 1536 * 576 else 1
 
 
-def shape_rows(m: int, n: int, iterations: int) -> list[Row]:
-    """LDLQ and LPLR with prepared moments, the whole decomposition without, and the textbook's outer `iterations`."""
+def shape_rows(m: int, n: int, iterations: int, measure: Callable = timed) -> list[Row]:
+    """LDLQ and LPLR with prepared moments, the whole decomposition without, and the textbook's outer `iterations`.
+
+    `measure` times the whole decomposition: `timed`, or `once` to be quick.
+    """
     weight, moments = problem(m, n)
     basis = prepare(moments, name="input", **METHOD.basis_options)
     w = basis.forward(weight, "matrix")
-    rows = [*step_rows(w, basis), whole_row(weight, moments)]
+    rows = [*step_rows(w, basis), whole_row(weight, moments, measure)]
     product = timed(lambda: w @ basis.moments).seconds
     for row, count in zip(rows, (lplr_operations, ldlq_operations, decomposition_operations)):
         row.case, row.operations, row.product_s = f"{m} x {n}", count(m, n), product
@@ -75,10 +79,10 @@ def step_rows(w: Tensor, basis: Basis) -> list[Row]:
     ]
 
 
-def whole_row(weight: Tensor, moments: Tensor) -> Row:
+def whole_row(weight: Tensor, moments: Tensor, measure: Callable) -> Row:
     """The whole decomposition, moments included, with its peak memory."""
     reset_peak()
-    found = timed(lambda: decompose(weight, moments, METHOD))
+    found = measure(lambda: decompose(weight, moments, METHOD))
     error = found.result.relative_error
     return Row("decomposition", "", found.seconds, runs=found.runs, error=error, peak_bytes=peak_rss())
 
