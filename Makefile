@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test bench lint clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# `make bench quick=1` for smaller cases.
+bench: setup
+	$(BIN)/python -m bench $(if $(quick),--quick)
 
 lint: setup
 	$(BIN)/ruff check .
