@@ -62,7 +62,7 @@ def damped_cholesky(
         if not read(info) > 0 and not read((~torch.isfinite(factor)).sum()) > 0:
             if sigma > start and jitters is not None:
                 jitters.append({"what": what, "jitter": sigma})
-            return factor, sigma
+            return factor.contiguous(), sigma  # as it comes back from a file
         if sigma >= limit:
             raise NumericalError(f"{what}: the Cholesky factorisation fails even with {sigma:g} added to the diagonal")
         sigma = min(max(sigma * 10, 1e-8), limit)

@@ -49,7 +49,9 @@ class Problem:
         """The largest singular values of the image, at least `rank` of them; their sketch depends on nothing else."""
         k = self.dimensions(rank)
         if k not in self._found:
-            self._found[k] = top_subspace(self.image, k, generator_of(self.basis.seed, f"{self.name}/subspace/{k}"))
+            found = top_subspace(self.image, k, generator_of(self.basis.seed, f"{self.name}/subspace/{k}"))
+            # as it comes back from a file: a product's last bits depend on how its factors lie in memory
+            self._found[k] = Subspace(*(x.contiguous() for x in found))
         return self._found[k]
 
     def give(self, subspace: Subspace) -> None:
