@@ -52,6 +52,7 @@ def compress(
             summaries.append(summary(d) | facts)
             release()
         write_matrices(target, block_file(index), packed)
+        release()
         _name_few_tokens(summaries[len(summaries) - len(packed) :], progress)
         progress(index + 1, model.count)
     if left := sorted(names - {s["name"] for s in summaries}):

@@ -87,6 +87,7 @@ class CorrectedPrefix:
         for _, stage in itertools.groupby(groups, key=lambda group: group.stage):
             yield from self._stage(list(stage))
         self.stream.advance(self.block, index)
+        del self.original, self.block, self.inputs, self.lack, self.moments  # before the next block is read
 
     def install(self, name: str, weight: Tensor) -> None:
         """Put W^ (m, n) of the matrix of that name, in its block, into the compressed prefix."""
