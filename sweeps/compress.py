@@ -14,6 +14,7 @@ import torch
 from caldera import Decomposition
 from caldera.blocks import covered, named_matrices
 from caldera.checkpoint import block_file, read_matrices, write_manifest, write_matrices, write_rest
+from caldera.devices import release
 from caldera.files import sha256, write_json
 from caldera.matrices import matrices
 from caldera.streamed import Source
@@ -109,6 +110,8 @@ class BlockTask:
             found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
         facts = {"reused": known.reused, "made": known.made, "peak_rss_bytes": peak_rss()}
         self.target.finish(index, found, facts)
+        del layers, known, found
+        release()
         return index
 
 

@@ -93,6 +93,7 @@ class CorrectedPrefix:
                 yield as_original(self.calibration, index, stage, self.moments)
         for row, output in enumerate(self.compressed.outputs()):
             self.stream.hidden[row] = output
+        del self.original, self.compressed, self.moments  # before the next block is read
 
     def install(self, name: str, weight: Tensor) -> None:
         """Put W^ (m, n) of the matrix of that name, in its block, into the compressed prefix."""
