@@ -5,8 +5,9 @@ same packages, and the results and cache folders under the same paths.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -44,7 +45,7 @@ class Workers:
         while places:
             before = len(places)
             try:
-                with closing(self._round(task, places, job)) as outcomes:
+                with _closing(self._round(task, places, job)) as outcomes:
                     for key, outcome in outcomes:
                         del places[key]
                         if isinstance(outcome, Exception):
@@ -84,6 +85,17 @@ class Workers:
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS")
             ray.init(address=address, num_cpus=None if address else self.count, log_to_driver=False)
+
+
+@contextmanager
+def _closing(outcomes: Iterator) -> Iterator[Iterator]:
+    """Close the generator at the end, without joblib's advice to those who stop early."""
+    try:
+        yield outcomes
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            outcomes.close()
 
 
 class _Raised(Exception):
