@@ -91,12 +91,21 @@ def decompose(
     basis = prepare(moments, name=name, **method.basis_options) if basis is None else basis
     _check_basis(basis, weight, method, name)
     spec = method.spec(tuple(weight.shape), name, basis.name)
-    loop = _Loop(Problem.of(weight, basis, name) if problem is None else problem, method)
+    problem = Problem.of(weight, basis, name) if problem is None else problem
+    loop = _Loop(problem, method)
     with named(name):
         loop.run()
     packed = PackedMatrix(spec, loop.pack())
-    error = _defined(relative_error(weight, packed.dequantize(), moments), weight, name)
+    error = _defined(_deployed_error(weight, packed, moments, problem), weight, name)
     return Decomposition(packed, error, loop.trace, basis.sigma, basis.jitters + loop.jitters, loop.init_rank)
+
+
+def _deployed_error(weight: Tensor, packed: PackedMatrix, moments: Tensor, problem: Problem) -> float:
+    """`relative_error` of W (m, n) as it is read back; the problem knows tr(W H W^T), as its coordinates keep it."""
+    if problem.basis.identity:
+        return relative_error(weight, packed.dequantize(), moments)
+    lost = energy((weight - packed.dequantize()) / problem.unit, unit_mean(moments))
+    return relative(lost, problem.energy)
 
 
 def _check_basis(basis: Basis, weight: Tensor, method: Method, name: str) -> None:
@@ -136,7 +145,6 @@ class _Loop:
     def __post_init__(self) -> None:
         self.weight, self.basis, self.name = self.problem.weight, self.problem.basis, self.problem.name
         self.generator = generator_of(self.method.seed, self.name)
-        self.energy = energy(self.weight, self.basis.moments)
         self.has_q, self.has_factors = self.method.q != "none", self.method.rank > 0
 
     def run(self) -> None:
@@ -206,7 +214,7 @@ class _Loop:
     def _judge(self, iteration: int, step: str, rest: Tensor, damped: float | None) -> None:
         """Record the error of a half step and keep the iterate if it is complete and the best so far."""
         lost = self._undamped(rest, damped)
-        error = _defined(relative(lost, self.energy), rest, f"{self.name}: {step} of iteration {iteration}")
+        error = _defined(relative(lost, self.problem.energy), rest, f"{self.name}: {step} of iteration {iteration}")
         self.trace.append({"iteration": iteration, "step": step, "error": error})
         complete = (self.q is not None or not self.has_q) and self._dimensions() == self.method.rank
         if complete and (self.best is None or error < self.best[0]):
@@ -216,7 +224,7 @@ class _Loop:
         """tr(E H E^T) of E = `rest` (m, n), from its damped loss unless little of that remains: no product with H."""
         if damped is not None:
             lost = damped - self.basis.sigma * read(total(rest.square()))
-            if lost > CANCELLED * max(damped, self.energy * CANCELLED):
+            if lost > CANCELLED * max(damped, self.problem.energy * CANCELLED):
                 return lost
         return energy(rest, self.basis.moments)
 

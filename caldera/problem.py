@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from caldera.basis import Basis
-from caldera.linalg import power_of_4
+from caldera.linalg import energy, power_of_4
 from caldera.lowrank import Subspace, top_subspace
 
 LEAST = 64
@@ -35,6 +35,11 @@ class Problem:
         """The problem of W (m, n), finite."""
         unit = power_of_4(weight)
         return cls(name, basis, basis.forward(weight.float() / unit, name), unit)
+
+    @cached_property
+    def energy(self) -> float:
+        """tr(W~ H~ W~^T) / unit^2, the loss of storing nothing."""
+        return energy(self.weight, self.basis.moments)
 
     @cached_property
     def image(self) -> Tensor:

@@ -70,11 +70,11 @@ def predict_error(
     if basis is None:
         basis = prepare(moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
     problem = Problem.of(weight.detach(), basis, name) if problem is None else problem
-    a, image, generator = problem.weight, problem.image, generator_of(method.seed, f"{name}/theory")
-    norm, damped = _energy(a), _energy(image)
+    a, generator = problem.weight, generator_of(method.seed, f"{name}/theory")
+    norm, total = _energy(a), problem.energy
     if norm == 0:
         return 0.0
-    total, target, factors = damped - basis.sigma * norm, _Target.of(a, generator), None
+    damped, target, factors = total + basis.sigma * norm, _Target.of(a, generator), None
     if method.rank:
         factors = _Factors.of(a, problem.subspace(method.rank).first(method.rank), basis, method)
         target = factors.residual(target, generator)
