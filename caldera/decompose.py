@@ -20,6 +20,7 @@ from caldera.quantizers import get_quantizer
 
 # A loss that is this small a part of the terms it is the difference of is computed anew.
 CANCELLED = 1e-2
+SPREAD = 0.1  # tr(W H W^T) over |W|^2, with H of mean diagonal 1
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,12 @@ def decompose(
 
 
 def _deployed_error(weight: Tensor, packed: PackedMatrix, moments: Tensor, problem: Problem) -> float:
-    """`relative_error` of W (m, n) as it is read back; the problem knows tr(W H W^T), as its coordinates keep it."""
-    if problem.basis.identity:
+    """`relative_error` of W (m, n) as it is read back; the problem knows tr(W H W^T), which its coordinates keep.
+
+    But for rounding: where W all but avoids the large inputs, spreading these over all coordinates loses it.
+    """
+    avoids = problem.energy < SPREAD * read(total(problem.weight.square()))
+    if problem.basis.identity or avoids:
         return relative_error(weight, packed.dequantize(), moments)
     lost = energy((weight - packed.dequantize()) / problem.unit, unit_mean(moments))
     return relative(lost, problem.energy)
