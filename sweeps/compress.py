@@ -107,7 +107,11 @@ class BlockTask:
         name = f"{model.name}.{index}"
         layers = {f"{name}.{own}": m for own, m in matrices(model.block(index)).items() if f"{name}.{own}" in fit.names}
         with self.shared.block(index) as known:
-            found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
+            if layers:
+                found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
+            else:
+                found = {}
+                self.inputs.skip(index, [])
         facts = {"reused": known.reused, "made": known.made, "peak_rss_bytes": peak_rss()}
         self.target.finish(index, found, facts)
         del layers, known, found

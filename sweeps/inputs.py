@@ -57,6 +57,9 @@ class Original:
     def install(self, name: str, weight: Tensor) -> None:
         """Nothing here depends on what was compressed."""
 
+    def skip(self, index: int, packed: list[PackedMatrix]) -> None:
+        """Nor on a block that is not."""
+
 
 @dataclass
 class CorrectedPrefix:
@@ -100,7 +103,7 @@ class CorrectedPrefix:
         self.compressed.layers[name].write(weight)
 
     def skip(self, index: int, packed: list[PackedMatrix]) -> None:
-        """Let the compressed prefix go through a block that is compressed already."""
+        """Let the compressed prefix go through a block that is compressed already, or has nothing to compress."""
         block = self.model.block(index)
         layers = matrices(block)
         for matrix in packed:
