@@ -18,6 +18,9 @@ from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.problem import Problem, generator_of
 from caldera.quantizers import get_quantizer
 
+# An alternation inside LPLR that gains less of the loss is the last one: going on takes two or three times as long and
+# ended half a percent higher on 28 matrices of SmolLM2-135M (rank 64, 15 x 10 iterations).
+GAIN = 1e-3
 # A loss that is this small a part of the terms it is the difference of is computed anew.
 CANCELLED = 1e-2
 SPREAD = 0.1  # tr(W H W^T) over |W|^2, with H of mean diagonal 1
@@ -191,7 +194,7 @@ class _Loop:
             self._set_factors(None)
         start = self.factors if self._dimensions() == method.rank else None
         right, options = self._right(target), (method.factor_quantizers, method.alternations, what)
-        self._set_factors(lplr(target, right, self.basis, *options, start, self.jitters))
+        self._set_factors(lplr(target, right, self.basis, *options, start, self.jitters, GAIN))
         return target - self.product, self.factors.loss
 
     def _right(self, target: Tensor) -> Tensor:

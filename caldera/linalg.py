@@ -56,9 +56,11 @@ def damped_cholesky(
     """
     start = sigma
     while True:
-        damped = h + sigma * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+        damped = h.clone()
+        damped.diagonal().add_(sigma)
         with one_thread():
             factor, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if not read(info) > 0 and not read((~torch.isfinite(factor)).sum()) > 0:
             if sigma > start and jitters is not None:
                 jitters.append({"what": what, "jitter": sigma})

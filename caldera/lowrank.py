@@ -135,11 +135,13 @@ def lplr(
     what: str,
     start: Pair | None = None,
     jitters: list | None = None,
+    tolerance: float = 0.0,
 ) -> Pair:
     """Rounded L^T (k, m) and R (k, n) near A (m, n), alternating from R (k, n): each is solved for, then rounded.
 
     L <- round(A H R^T (R H R^T)^-1), R <- round((L^T L)^-1 L^T A) (Saha et al. 2023). The best pair met is returned;
-    `start`, a pair that exists already, is one of those. Damping that a solve needs is noted in `jitters`.
+    `start`, a pair that exists already, is one of those. An alternation that lowers the least loss by less than
+    `tolerance` of itself is the last one. Damping that a solve needs is noted in `jitters`.
     """
     (q_left, q_right), problem, found = quantizers, Regression(a, basis), None
     factor = Factor.round(right, q_right) if start is None else start.right
@@ -147,12 +149,15 @@ def lplr(
     if start is not None:
         found = Pair(start.left, factor, problem.loss(start.left.values.T, *products))
     for _ in range(iterations):
+        before = float("inf") if found is None else found.loss
         left = Factor.round(solve_gram(products[1], products[0].T, what, jitters), q_left)
         found = _better(found, Pair(left, factor, problem.loss(left.values.T, *products)))
         solved = solve_gram(left.values @ left.values.T, left.values @ a, what, jitters)
         factor = Factor.round(solved, q_right)
         products = problem.products(factor.values)
         found = _better(found, Pair(left, factor, problem.loss(left.values.T, *products)))
+        if found.loss > before * (1 - tolerance):
+            break
     return found
 
 

@@ -58,7 +58,7 @@ class Accumulator:
 
     def mean(self) -> Tensor:
         """H (n, n), symmetric."""
-        return self.symmetric() / max(self.tokens, 1)
+        return self.symmetric().div_(max(self.tokens, 1))
 
     def symmetric(self) -> Tensor:
         """The sum of x x^T (n, n)."""

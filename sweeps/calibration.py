@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from caldera.blocks import InputGroup, Stream, input_groups, residual_writers
@@ -53,9 +54,10 @@ class Calibration:
         """Groups of experts that saw fewer tokens than they are wide."""
         return {g["name"] for g in self.manifest["blocks"][block]["groups"] if g["filled_up"]}
 
-    def moments(self, block: int) -> dict[str, Tensor]:
-        """H (n, n) float32 of each group of a block."""
-        return load_file(self.directory / _moments_file(block))
+    def moments(self, block: int, names: list[str] | None = None) -> dict[str, Tensor]:
+        """H (n, n) float32 of the groups of those names, or of all groups, of a block."""
+        with safe_open(self.directory / _moments_file(block), "pt") as opened:
+            return {name: opened.get_tensor(name) for name in (opened.keys() if names is None else names)}
 
     def hidden(self, block: int, device: torch.device | str = "cpu") -> Rows:
         """The hidden states (1, length, width) that enter a block, a row at a time from the disk."""

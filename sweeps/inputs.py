@@ -7,6 +7,7 @@ same code for both. `install` hears of every compressed matrix before the next s
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,9 @@ class Given:
     output_error: Callable[[Tensor, Tensor], float | None] = lambda _weight, _approximation: None
 
 
-def as_original(
-    calibration: Calibration, index: int, groups: list[InputGroup], moments: dict[str, Tensor]
-) -> list[Given]:
+def as_original(calibration: Calibration, index: int, groups: list[InputGroup]) -> list[Given]:
     """Groups of block `index` with the original model's moments."""
+    moments = calibration.moments(index, [g.name for g in groups])
     tokens, few = calibration.tokens(index), calibration.filled_up(index)
     return [Given(g, moments[g.name], tokens[g.name], g.name in few) for g in groups]
 
@@ -51,8 +51,7 @@ class Original:
 
     def stages(self, index: int) -> Iterator[list[Given]]:
         """All groups of a block at once."""
-        groups, moments = self.calibration.groups(index), self.calibration.moments(index)
-        yield as_original(self.calibration, index, groups, moments)
+        yield as_original(self.calibration, index, self.calibration.groups(index))
 
     def install(self, name: str, weight: Tensor) -> None:
         """Nothing here depends on what was compressed."""
@@ -83,7 +82,7 @@ class CorrectedPrefix:
     @torch.no_grad()
     def stages(self, index: int) -> Iterator[list[Given]]:
         """The groups that run side by side, in the order in which they run."""
-        self.index, self.moments = index, self.calibration.moments(index)
+        self.index = index
         self.writers = self.calibration.residual_writers(index)
         groups = self.calibration.groups(index)
         self._open(self.model.block(index), self.model.block(index), groups)
@@ -93,10 +92,10 @@ class CorrectedPrefix:
             if all(group in steps for group in stage):
                 yield [self._given(group, steps[group]) for group in stage]
             else:
-                yield as_original(self.calibration, index, stage, self.moments)
+                yield as_original(self.calibration, index, stage)
         for row, output in enumerate(self.compressed.outputs()):
             self.stream.hidden[row] = output
-        del self.original, self.compressed, self.moments  # before the next block is read
+        del self.original, self.compressed  # before the next block is read
 
     def install(self, name: str, weight: Tensor) -> None:
         """Put W^ (m, n) of the matrix of that name, in its block, into the compressed prefix."""
@@ -126,14 +125,18 @@ class CorrectedPrefix:
         seen, cross, lack, tokens = self._means(group, step)
         what, depth = f"block {self.index}.{group.name}", self.index / max(self.model.count - 1, 1)
         target = self.correction.fit(seen, cross, lack, depth, what)
-        original = self.moments[group.name].to(seen.device)
+        original = partial(self._moments_of, group.name, seen.device)
         return Given(
             group,
             seen,
             tokens,
             target=lambda name, weight: target.of(weight, name in self.writers),
-            output_error=lambda weight, approximation: output_error(weight, approximation, original, cross, seen),
+            output_error=lambda weight, approximation: output_error(weight, approximation, original(), cross, seen),
         )
+
+    def _moments_of(self, name: str, device: torch.device) -> Tensor:
+        """H (n, n) of the original model's inputs, from its file."""
+        return self.calibration.moments(self.index, [name])[name].to(device)
 
     def _means(self, group: InputGroup, step: int) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """H^ and C (n, n), D (width, n) if a matrix of the group writes into the stream, and the number of tokens."""
@@ -147,7 +150,7 @@ class CorrectedPrefix:
             if writes:
                 add_product(lack, self._lack(row), y)
         tokens = moments.tokens
-        return moments.mean(), cross / tokens, None if lack is None else lack / tokens, tokens
+        return moments.mean(), cross.div_(tokens), None if lack is None else lack.div_(tokens), tokens
 
     def _lack(self, row: int) -> Tensor:
         """(length, width): what the compressed residual stream lacks, in the stream's own dtype."""
