@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded, prepare
-from caldera.devices import read
+from caldera.devices import array, read
 from caldera.linalg import relative
 from caldera.lowrank import Subspace
 from caldera.method import Method
@@ -168,7 +168,7 @@ class _Backbone:
         for _ in range(ROUNDS):
             fed = (back.square().sum(0) + 2 * (back[:PROBES] * probes).sum(0)) / PROBES
             ratio = (own + self._per_block(fed)).clamp(min=1e-30) / unit.clamp(min=1e-30)
-            white, lost = _rounding(self.quantizer.name, self.basis.n, ratio.double().cpu().numpy())
+            white, lost = _rounding(self.quantizer.name, self.basis.n, array(ratio))
             white, lost = (torch.from_numpy(x).float().to(unit.device) for x in (white, lost))
             self.white, self.eta = white * unit, white * unit + lost.square() * ratio * unit  # variances, by block
             lost = lost.repeat_interleave(group)
