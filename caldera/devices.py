@@ -32,17 +32,22 @@ def address(x: Tensor) -> tuple:
 
 def read(x: Tensor) -> float:
     """The host's value of a 0-d tensor; NaN in a dry run. Waits for the device: never call it inside a column loop."""
-    return float("nan") if is_fake(x) else float(x)
+    return _fetched(x).item()
 
 
 def read_all(*xs: Tensor) -> list[float]:
     """What `read` gives for each of several 0-d tensors of one device, after a single wait."""
-    return array(torch.stack([x.double() for x in xs])).tolist() if xs else []
+    return _fetched(torch.stack([x.double() for x in xs])).tolist() if xs else []
 
 
 def array(x: Tensor) -> np.ndarray:
     """The host's copy of a small tensor, float64; NaNs in a dry run. Waits for the device as `read` does."""
-    return np.full(tuple(x.shape), np.nan) if is_fake(x) else x.double().cpu().numpy()
+    return _fetched(x)
+
+
+def _fetched(x: Tensor) -> np.ndarray:
+    """The one place that waits, so that tests can count."""
+    return np.full(tuple(x.shape), np.nan) if is_fake(x) else x.detach().double().cpu().numpy()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded, prepare
@@ -97,14 +98,15 @@ def _noise(rows: int, columns: int, generator: torch.Generator, like: Tensor) ->
 @cache
 def _curves(quantizer: str, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """White variance and lost share alpha at RATIOS: rows of `columns` Gaussians, rounded with the scales of others."""
-    q, generator = get_quantizer(quantizer), torch.Generator().manual_seed(0)
-    fitted, other = (torch.randn(-(-SAMPLE // columns), columns, generator=generator) for _ in range(2))
-    scales, white, lost = q.fit(fitted), [], []
-    for ratio in RATIOS:
-        x = fitted * min(ratio, 1.0) ** 0.5 + other * max(ratio - 1.0, 0.0) ** 0.5
-        error = x - q.decode(q.encode(x, scales), scales, columns)
-        lost.append(float((error * x).mean() / x.square().mean()))
-        white.append(float((error - lost[-1] * x).square().mean()))
+    with unset_fake_temporarily():  # what is kept must be real
+        q, generator = get_quantizer(quantizer), torch.Generator().manual_seed(0)
+        fitted, other = (torch.randn(-(-SAMPLE // columns), columns, generator=generator) for _ in range(2))
+        scales, white, lost = q.fit(fitted), [], []
+        for ratio in RATIOS:
+            x = fitted * min(ratio, 1.0) ** 0.5 + other * max(ratio - 1.0, 0.0) ** 0.5
+            error = x - q.decode(q.encode(x, scales), scales, columns)
+            lost.append(float((error * x).mean() / x.square().mean()))
+            white.append(float((error - lost[-1] * x).square().mean()))
     return np.array(white), np.array(lost)
 
 
