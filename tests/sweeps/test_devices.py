@@ -113,7 +113,7 @@ def test_precision_is_full_while_moments_are_collected_and_matrices_are_fitted(t
         with Reporter("x").stage("compress") as progress:
             compress(tmp_path / "source", lambda: model, inputs, fit, tmp_path / "packed", torch.float32, progress)
         assert matmul.fp32_precision == "tf32"
-    assert seen == dict.fromkeys(("collect", "decompose", "of", "_run"), {"ieee"})
+    assert seen == {key: {"ieee"} for key in ("collect", "decompose", "of", "_run")}
 
 
 # ---------------------------------------------------------------------------------------------------------- compression
