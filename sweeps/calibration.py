@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from caldera.blocks import InputGroup, Stream, input_groups, residual_writers
-from caldera.devices import release
+from caldera.devices import full_precision, release
 from caldera.files import committed, write_json
 from caldera.moments import collect, pooled
 from caldera.rows import Rows, Spill
@@ -99,6 +99,7 @@ def is_complete(directory: Path, hidden: bool) -> bool:
     return file.is_file() and (not hidden or read_json(file)["hidden"])
 
 
+@full_precision()
 def _collect_all(
     directory: Path,
     model: Source,

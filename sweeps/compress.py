@@ -14,7 +14,7 @@ import torch
 from caldera import Decomposition
 from caldera.blocks import covered, named_matrices
 from caldera.checkpoint import block_file, read_matrices, write_manifest, write_matrices, write_rest
-from caldera.devices import release
+from caldera.devices import full_precision, release
 from caldera.files import sha256, write_json
 from caldera.matrices import matrices
 from caldera.streamed import Source
@@ -102,6 +102,7 @@ class BlockTask:
     target: Target
     workers: Workers = ALONE
 
+    @full_precision()  # here for other processes
     def __call__(self, index: int, device: torch.device) -> int:
         model, fit = self.opened(), self.fit.on(device)
         name = f"{model.name}.{index}"
@@ -119,6 +120,7 @@ class BlockTask:
         return index
 
 
+@full_precision()
 def compress(
     source: Path,
     opened: Callable[[], Source],

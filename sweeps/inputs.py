@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from caldera.blocks import InputGroup, Stream
 from caldera.correction import Correction, output_error
+from caldera.devices import full_precision
 from caldera.matrices import matrices
 from caldera.moments import Accumulator, add_product
 from caldera.packed import PackedMatrix
@@ -75,6 +76,7 @@ class CorrectedPrefix:
     correction: Correction
     spill: Spill | None = None
 
+    @full_precision()
     def __post_init__(self) -> None:
         self.stream = Stream.open(self.model.model, self.rows, self.spill)  # of the compressed prefix
         self.plan: Plan | None = None

@@ -161,7 +161,8 @@ def test_every_note_reaches_the_decomposition(monkeypatch):
     assert noted == {
         "layer.q: second moments", "layer.q: initial factors", "layer.q: LR of iteration 0", "layer.q: Q of iteration 0"
     }  # fmt: skip
-    assert len(found.jitters) == len(calls) / 2 and found.sigma == pytest.approx(0.03)
+    trusting = 2 * 2  # solves of the two LPLRs before they know that these fail
+    assert len(found.jitters) == (len(calls) - trusting) / 2 and found.sigma == pytest.approx(0.03)
 
 
 def test_a_guard_that_gives_up_names_the_matrix_and_the_last_jitter():
