@@ -82,8 +82,8 @@ def _walk(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) ->
         if first:
             target[:first].addmm_(feedback.matrix[first:last, :first].T, work[first:last] - values[first:last])
     # E M = target - Q is what was lost when each column was rounded, and E H E^T = (E M) D (E M)^T
-    lost = feedback.blocks.mT @ (target - values).reshape(-1, group, m)
-    loss = total(lost.square()) - total(values[n:].square())  # columns that were added have moments of 1
+    lost = feedback.blocks.mT @ target.sub_(values).reshape(-1, group, m)
+    loss = total(lost.square_()) - total(values[n:].square())  # columns that were added have moments of 1
     return Rounded(codes.T.contiguous(), scales, values[:n].T.contiguous(), loss)
 
 

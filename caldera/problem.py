@@ -41,20 +41,19 @@ class Problem:
         """tr(W~ H~ W~^T) / unit^2, the loss of storing nothing."""
         return energy(self.weight, self.basis.moments)
 
-    @cached_property
-    def image(self) -> Tensor:
-        """W~ C / unit (m, n), where H~ + sigma I = C C^T."""
-        return self.weight @ self.basis.chol
-
     def dimensions(self, rank: int) -> int:
         """How many dimensions are looked for to serve a rank: the same for many ranks, or none could share them."""
         return min(max(LEAST, 1 << (rank - 1).bit_length()), *self.weight.shape)
 
     def subspace(self, rank: int) -> Subspace:
-        """The largest singular values of the image, at least `rank` of them; their sketch depends on nothing else."""
+        """The largest singular values of W~ C / unit, where H~ + sigma I = C C^T: at least `rank` of them.
+
+        Their sketch depends on nothing but the seed, the name and their number.
+        """
         k = self.dimensions(rank)
         if k not in self._found:
-            found = top_subspace(self.image, k, generator_of(self.basis.seed, f"{self.name}/subspace/{k}"))
+            generator = generator_of(self.basis.seed, f"{self.name}/subspace/{k}")
+            found = top_subspace(self.weight @ self.basis.chol, k, generator)
             # as it comes back from a file: a product's last bits depend on how its factors lie in memory
             self._found[k] = Subspace(*(x.contiguous() for x in found))
         return self._found[k]

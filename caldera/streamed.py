@@ -6,7 +6,8 @@ interface over a model in memory, for checkpoints whose tensors are not the mode
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,11 @@ class Whole:
         """A copy of a block."""
         return _copied(self.blocks[index]).to(device=device, dtype=dtype)
 
+    @contextmanager
+    def outside(self) -> Iterator[nn.Module]:
+        """The model with all that embeds rows and makes the blocks' arguments."""
+        yield self.model
+
     def state(self) -> dict[str, Tensor]:
         """All tensors by name."""
         return self.model.state_dict()
@@ -42,10 +48,8 @@ class Whole:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A model whose blocks, and whose head unless it is tied, are on the meta device; all else has data.
-
-    Without a dtype nothing has: blocks are read as they are stored, for their weights and not for forward passes.
-    """
+    """A model on the meta device, but for its buffers. Without a dtype blocks are read as they are stored, for their
+    weights and not for forward passes."""
 
     model: nn.Module
     names: dict[str, str]  # of every parameter, that of its tensor in the files
@@ -53,11 +57,15 @@ class Streamed:
     dtype: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def __post_init__(self) -> None:
-        if self.dtype is None:
-            return
+    @contextmanager
+    def outside(self) -> Iterator[nn.Module]:
+        """The model with data for what lies outside of the blocks, but for a head that is not tied."""
         blocks = {id(p) for p in decoder_blocks(self.model)[1].parameters()}
         _fill(self.model, self._reader("", self.dtype, self.device), blocks | _own_head(self.model), self.device)
+        try:
+            yield self.model
+        finally:
+            _empty(self.model)
 
     @property
     def name(self) -> str:
@@ -203,3 +211,13 @@ def _fill(module: nn.Module, read: Callable[[str], Tensor], without: set[int], d
             child._parameters[key] = made[id(p)][1]
         for key, buffer in child._buffers.items():
             child._buffers[key] = buffer if buffer is None else buffer.to(device)
+
+
+def _empty(module: nn.Module) -> None:
+    """Take the data of every parameter away, so that what is shared stays shared; buffers keep theirs."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for child in module.modules():
+        for key, p in child._parameters.items():
+            if p is not None and not p.is_meta:
+                made.setdefault(id(p), (p, nn.Parameter(p.to("meta"), requires_grad=False)))
+                child._parameters[key] = made[id(p)][1]

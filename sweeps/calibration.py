@@ -108,7 +108,8 @@ def _collect_all(
     hidden: bool,
     spill: Spill | None,
 ) -> None:
-    stream, done, listed = Stream.open(model.model, rows, spill), 0, []
+    with model.outside() as whole:
+        stream, done, listed = Stream.open(whole, rows, spill), 0, []
 
     def step(count: int) -> None:
         nonlocal done

@@ -78,7 +78,8 @@ class CorrectedPrefix:
 
     @full_precision()
     def __post_init__(self) -> None:
-        self.stream = Stream.open(self.model.model, self.rows, self.spill)  # of the compressed prefix
+        with self.model.outside() as whole:
+            self.stream = Stream.open(whole, self.rows, self.spill)  # of the compressed prefix
         self.plan: Plan | None = None
 
     @torch.no_grad()

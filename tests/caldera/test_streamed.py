@@ -44,7 +44,8 @@ def test_blocks_and_hidden_states_are_those_of_the_loaded_model(folder, dtype):
     name, blocks = decoder_blocks(model)
     assert (source.name, source.count) == (name, len(blocks))
     assert same(dict(source.model.named_buffers()), dict(model.named_buffers()))
-    one, two = Stream.open(source.model, token_rows()), Stream.open(model, token_rows())
+    with source.outside() as whole:
+        one, two = Stream.open(whole, token_rows()), Stream.open(model, token_rows())
     for index, block in enumerate(blocks):
         assert same(source.block(index).state_dict(), block.state_dict())
         one.advance(source.block(index), index)
@@ -82,10 +83,15 @@ def test_without_a_dtype_weights_come_as_they_are_stored(tmp_path):
 
 def test_what_no_hidden_state_depends_on_is_not_read(tmp_path):
     """A head of its own; one that is tied is the embedding."""
-    source = open_model(saved(tiny_models.llama(), tmp_path / "own"), "float32")
-    assert source.model.lm_head.weight.is_meta and not source.model.get_input_embeddings().weight.is_meta
+    with open_model(saved(tiny_models.llama(), tmp_path / "own"), "float32").outside() as model:
+        assert model.lm_head.weight.is_meta and not model.get_input_embeddings().weight.is_meta
     source = open_model(saved(tiny_models.qwen2(), tmp_path / "tied"), "float32")
-    assert source.model.lm_head.weight is source.model.get_input_embeddings().weight
+    for _ in range(2):
+        with source.outside() as model:
+            assert not model.lm_head.weight.is_meta
+            assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert source.model.lm_head.weight.is_meta
+        assert source.model.lm_head.weight is source.model.get_input_embeddings().weight
 
 
 # ------------------------------------------------------------------------------------------- checkpoints of other kinds
