@@ -1,11 +1,12 @@
-"""All matrices of SmolLM2 decomposed at 15 x 10 iterations, and by the preset `method=fast` if there is one."""
+"""All matrices of SmolLM2 decomposed at 15 x 10 iterations, and by `method=fast`."""
 
-import importlib.resources
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize_config_module
 from torch import Tensor
 
@@ -15,11 +16,14 @@ from bench.rows import Row
 from bench.timing import once
 from caldera import Method, decompose, prepare
 from caldera.blocks import decoder_blocks, named_matrices
+from caldera.streamed import Whole
 from sweeps.calibration import Calibration, ensure_calibration
 from sweeps.models import load_model, load_tokenizer
+from sweeps.parallel import Workers
 from sweeps.schema import register
 from sweeps.texts import load_texts, token_rows
 
+Problem = tuple[str, list[tuple[str, Tensor]], Tensor]  # a group's name, its matrices W (m, n) by name, its H (n, n)
 RANK = 32
 ROWS, LENGTH = 4, 256  # of calibration: the moments cost nothing here, and are as hard as any
 
@@ -31,26 +35,29 @@ def matrices(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         problems = list(model_problems(Path(folder)))
         count = sum(len(members) for _, members, _ in problems)
-        case = f"rank {RANK}, {count} matrices"
-        slow = once(lambda: errors(problems, method))
-        rows = [Row("all matrices", f"{case}, 15 x 10", slow.seconds, error=mean(slow.result))]
-        if preset := fast(method):
-            quick_run = once(lambda: errors(problems, preset))
-            rows.append(Row("all matrices", f"{case}, method=fast", quick_run.seconds, error=mean(quick_run.result)))
-            loss = mean([100 * (a / b - 1) for a, b in zip(quick_run.result, slow.result)])
-            rows.append(Row("loss of relative error by method=fast", case, loss, "%"))
-    return rows
+        return matrix_rows(problems, method, preset(method), f"rank {RANK}, {count} matrices")
 
 
-Problem = tuple[str, list[tuple[str, Tensor]], Tensor]  # a group's name, its matrices W (m, n) by name, its H (n, n)
+def matrix_rows(problems: list[Problem], method: Method, fast: Method, case: str) -> list[Row]:
+    """Either method in one process with all threads, and in as many processes of one thread."""
+    threads, rows, found = torch.get_num_threads(), [], {}
+    for name, chosen in (("15 x 10", method), ("method=fast", fast)):
+        for workers in (Workers(), Workers(threads)):
+            run = once(lambda: errors(problems, chosen, workers))  # noqa: B023 (called at once)
+            processes = f"1 process, {threads} threads" if workers.count == 1 else f"{threads} processes"
+            rows.append(Row("all matrices", f"{case}, {name}, {processes}", run.seconds, error=mean(run.result)))
+            found[name] = run.result
+    loss = mean([100 * (a / b - 1) for a, b in zip(found["method=fast"], found["15 x 10"])])
+    return [*rows, Row("loss of relative error by method=fast", case, loss, "%")]
 
 
 def model_problems(folder: Path) -> Iterator[Problem]:
     """Every group of matrices with the moments of a small calibration, collected in `folder`."""
     directory = checkpoint()
     model = load_model(directory, "float32")
+    source = Whole(model)
     rows = token_rows(load_texts("embedded_calibration"), load_tokenizer(directory), ROWS, LENGTH, 0)
-    calibration = ensure_calibration(folder, lambda: model, lambda: rows, lambda _done, _total: None)
+    calibration = ensure_calibration(folder, lambda: source, lambda: rows, lambda _done, _total: None)
     return of_calibration(model, calibration)
 
 
@@ -64,19 +71,21 @@ def of_calibration(model, calibration: Calibration) -> Iterator[Problem]:
             yield f"{prefix}.{index}.{group.name}", [(name, found[name].read()) for name in names], moments[group.name]
 
 
-def errors(problems: list[Problem], method: Method) -> list[float]:
-    """Relative errors of all matrices; those of a group share a basis, as in a sweep."""
-    found = []
-    for group, members, moments in problems:
-        basis = prepare(moments, name=group, **method.basis_options)
-        found += [decompose(w.float(), moments, method, name=name, basis=basis).relative_error for name, w in members]
-    return found
+def errors(problems: list[Problem], method: Method, workers: Workers) -> list[float]:
+    """Relative errors of all matrices, in order."""
+    found = dict(workers.map(partial(group_errors, method), range(len(problems)), problems.__getitem__))
+    return [error for index in range(len(problems)) for error in found[index]]
 
 
-def fast(like: Method) -> Method | None:
-    """The preset with rank and quantizers of `like`, None if there is none."""
-    if not importlib.resources.files("conf").joinpath("method/fast.yaml").is_file():
-        return None
+def group_errors(method: Method, problem: Problem, _device: torch.device) -> list[float]:
+    """Of the matrices of a group, which share a basis, as in a sweep."""
+    group, members, moments = problem
+    basis = prepare(moments, name=group, **method.basis_options)
+    return [decompose(w.float(), moments, method, name=name, basis=basis).relative_error for name, w in members]
+
+
+def preset(like: Method) -> Method:
+    """method=fast with rank and quantizers of `like`."""
     register()
     with initialize_config_module("conf", version_base="1.3"):
         settings = compose("config", ["method=fast"]).method

@@ -34,7 +34,9 @@ def point(quick: bool) -> list[Row]:
     """The stages of a point fitted to original inputs, then to corrected ones, and the difference in forward passes."""
     sequences, length = (4, 256) if quick else (16, 1024)
     overrides, what = settings(quick, sequences, length)
-    found = {inputs: _alone([*E8P, "rank.k=32", f"method.inputs={inputs}", *overrides]) for inputs in KINDS}
+    # one process for both, so that they differ in what they compute alone
+    common = [*E8P, "rank.k=32", "compute.workers=1", *overrides]
+    found = {inputs: _alone([*common, f"method.inputs={inputs}"]) for inputs in KINDS}
     forward = forward_pass(sequences, length)
     rows = [row for inputs, run in found.items() for row in _stages(run, f"{inputs}, rank 32", what)]
     rows.append(

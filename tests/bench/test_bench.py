@@ -7,7 +7,7 @@ import pytest
 
 from bench import __main__ as program
 from bench.kernels import growth_rows
-from bench.matrices import fast
+from bench.matrices import preset
 from bench.model import sweep_rows
 from bench.pipeline import Finished
 from bench.problems import METHOD, decomposition_operations, ldlq_operations, lplr_operations
@@ -64,8 +64,9 @@ def test_sweep_rows_relate_further_ranks_to_the_first_point():
 
 
 def test_preset_keeps_rank_and_quantizers():
-    preset = fast(METHOD)
-    assert preset is None or (preset.rank, preset.q, preset.l) == (METHOD.rank, METHOD.q, METHOD.l)
+    found = preset(METHOD)
+    assert (found.rank, found.q, found.l) == (METHOD.rank, METHOD.q, METHOD.l)
+    assert found.outer_iterations < METHOD.outer_iterations
 
 
 def test_what_does_not_apply_is_null_and_an_empty_cell():
