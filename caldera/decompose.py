@@ -184,8 +184,8 @@ class _Loop:
         """Of the rank, how many the present factors have."""
         return 0 if self.factors is None else self.factors.right.values.shape[0]
 
-    def _update_factors(self, what: str) -> tuple[Tensor, float]:
-        """LPLR on what Q leaves; W~ - Q - L R and its damped loss.
+    def _update_factors(self, what: str) -> tuple[Tensor, float | None]:
+        """LPLR on what Q leaves; W~ - Q - L R and its damped loss, if it has enough digits.
 
         Factors that nothing has improved on yet, and warm ones, are where it starts.
         """
@@ -195,7 +195,8 @@ class _Loop:
         start = self.factors if self._dimensions() == method.rank else None
         right, options = self._right(target), (method.factor_quantizers, method.alternations, what)
         self._set_factors(lplr(target, right, self.basis, *options, start, self.jitters, GAIN))
-        return target - self.product, self.factors.loss
+        loss, whole = self.factors.loss, self.factors.whole
+        return target - self.product, loss if loss > CANCELLED * whole else None
 
     def _right(self, target: Tensor) -> Tensor:
         """R (k, n) of the present factors; for dimensions that they lack, a regression of what they leave."""
@@ -232,7 +233,7 @@ class _Loop:
         """tr(E H E^T) of E = `rest` (m, n), from its damped loss unless little of that remains: no product with H."""
         if damped is not None:
             lost = damped - self.basis.sigma * read(total(rest.square()))
-            if lost > CANCELLED * max(damped, self.problem.energy * CANCELLED):
+            if lost > CANCELLED * damped:
                 return lost
         return energy(rest, self.basis.moments)
 

@@ -127,11 +127,15 @@ class Regression:
 
 
 class Pair(NamedTuple):
-    """Rounded L^T (k, m) and R (k, n), and the damped loss tr((A - L R) (H + sigma I) (A - L R)^T)."""
+    """Rounded L^T (k, m) and R (k, n), and the damped loss tr((A - L R) (H + sigma I) (A - L R)^T).
+
+    The loss is a difference of terms as large as `whole`, that of L R = 0: a small one has few digits.
+    """
 
     left: Factor
     right: Factor
     loss: float | Tensor  # a tensor while it is not worth a wait for the device
+    whole: float = 0.0
 
     def or_better(self, other: "Pair") -> "Pair":
         """The pair of the smaller loss, chosen on the device."""
@@ -158,13 +162,14 @@ def lplr(
     `tolerance` of itself is the last one. Damping that a solve needs is noted in `jitters`.
     """
     options = (right, quantizers, iterations, what, start, tolerance)
-    run, trust = partial(_alternated, Regression(a, basis), *options), Trust()
+    problem, trust = Regression(a, basis), Trust()
+    run = partial(_alternated, problem, *options)
     found = run(trust.solve_gram)
-    failed, loss = read_all(trust.failed, found.loss)
+    failed, loss, whole = read_all(trust.failed, found.loss, problem.energy)
     if failed > 0:  # once more, and carefully
         found = run(partial(solve_gram, jitters=jitters))
         (loss,) = read_all(found.loss)
-    return found._replace(loss=loss)
+    return found._replace(loss=loss, whole=whole)
 
 
 def _alternated(

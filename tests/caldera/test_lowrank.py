@@ -112,7 +112,7 @@ def test_unrounded_alternation_solves_both_least_squares_problems(m, n, k, monke
     keep = classmethod(lambda cls, x, quantizer: cls(x, Scales(torch.ones(1, 1)), x))
     monkeypatch.setattr(Factor, "round", keep)
     a, basis = gaussian(m, n), basis_of(n)
-    left, right, _ = lplr(a, gaussian(k, n, seed=3), basis, quantizers("bf16", "bf16"), 30, "x")
+    left, right, *_ = lplr(a, gaussian(k, n, seed=3), basis, quantizers("bf16", "bf16"), 30, "x")
     best = dense_regression(a, basis.damped, k)
     assert pair_loss(a, (left, right), basis) ** 0.5 <= 1.01 * best
     assert loss_of(a, left.values.T + 1e-2 * gaussian(m, k), right.values, basis) > pair_loss(a, (left, right), basis)
@@ -161,7 +161,7 @@ def test_alternation_compensates_for_rounding():
 @pytest.mark.parametrize("names", [("bf16", "fp16"), ("e8p_2bit", "e8p_4bit"), ("uniform_4bit", "nf_4bit_row")])
 def test_factors_hold_the_codes_of_their_values(names):
     a, basis = gaussian(20, 30), basis_of(30)
-    left, right, _ = lplr(a, gaussian(3, 30, seed=1), basis, quantizers(*names), 2, "x")
+    left, right, *_ = lplr(a, gaussian(3, 30, seed=1), basis, quantizers(*names), 2, "x")
     for factor, quantizer, width in ((left, names[0], 20), (right, names[1], 30)):
         decoded = get_quantizer(quantizer).decode(factor.codes, factor.scales, width)
         assert factor.values.shape == (3, width) and torch.equal(decoded, factor.values)
@@ -183,7 +183,7 @@ def test_nothing_that_is_passed_in_changes():
 def test_targets_of_less_rank_than_the_factors_are_finite(true_rank):
     a, basis = gaussian(12, true_rank) @ gaussian(true_rank, 20), basis_of(20)
     right = rank_constrained_regression(a, basis, 6, generator())[1]
-    left, right, _ = lplr(a, right, basis, quantizers("bf16", "bf16"), 3, "x")
+    left, right, *_ = lplr(a, right, basis, quantizers("bf16", "bf16"), 3, "x")
     assert left.values.isfinite().all() and right.values.isfinite().all()
     assert pair_loss(a, (left, right), basis) <= 1e-4 * weighted_loss(a, basis.damped)
 

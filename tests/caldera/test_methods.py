@@ -51,7 +51,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
 def initial_product(method: Method, weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """L0 R0 (m, n), brought back to the original coordinates."""
     basis = prepare(moments, name="x", **method.basis_options)
-    left, right, _ = initial_factors(basis.forward(weight, "x"), basis, method, generator(), "x", [])
+    left, right, *_ = initial_factors(basis.forward(weight, "x"), basis, method, generator(), "x", [])
     return back(left.values.T @ right.values, basis)
 
 

@@ -136,7 +136,7 @@ class Known:
     def tokens(self, _block: int) -> dict[str, int]:
         return {g.name: 18 for g in self.found}
 
-    def moments(self, _block: int) -> dict[str, torch.Tensor]:
+    def moments(self, _block: int, names: list[str]) -> dict[str, torch.Tensor]:
         return {g.name: torch.empty(g.width, g.width) for g in self.found}
 
     def hidden(self, _block: int, device: torch.device) -> Rows:
