@@ -64,7 +64,8 @@ class Workers:
 
         with self._cluster():
             pool = Parallel(n_jobs=self.count, backend=self.backend, return_as="generator_unordered", batch_size=1)
-            calls = (delayed(_guarded)(task, key, job(key), where, self.threads) for key, where in places.items())
+            todo = list(places.items())  # the pool asks for jobs from a thread of its own, while others are struck out
+            calls = (delayed(_guarded)(task, key, job(key), where, self.threads) for key, where in todo)
             yield from pool(calls)
 
     @contextmanager
