@@ -6,7 +6,7 @@ from sweeps.parallel import Workers
 
 
 class OneByOne:
-    """A pool that asks for a job when it has handed out the result of the one before, as joblib's does from a thread."""
+    """A pool that asks for a job after each result, as joblib's does from a thread of its own."""
 
     def __init__(self, **_):
         pass
