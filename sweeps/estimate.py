@@ -1,0 +1,305 @@
+"""What a point will take, stage by stage: operations, seconds, memory, disk. From shapes, rates and what is cached.
+
+Between counted and real time stand the factors of SLACK, memory beside the tensors is BASE; all were found on points of
+SmolLM2-135M (docs/scaling.md says which, and how far off the predictions were).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from caldera.method import Method
+from sweeps import costs
+from sweeps.costs import Work
+from sweeps.machine import Machine
+from sweeps.outline import Group, Outline
+from sweeps.plan import Point
+
+STAGES = ("baseline", "calibrate", "compress", "load", "perplexity", "tasks")
+# documents, requests a document, mean and largest number of tokens of a request, with SmolLM2's tokenizer
+TASKS = {
+    "arc_challenge": (299, 4, 37, 131), "arc_easy": (570, 4, 32, 105), "boolq": (3270, 2, 146, 1292),
+    "hellaswag": (10042, 4, 79, 155), "openbookqa": (500, 4, 15, 65), "piqa": (1838, 2, 36, 242),
+    "rte": (277, 2, 80, 278), "sciq": (1000, 4, 107, 571), "winogrande": (1267, 2, 23, 39),
+}  # fmt: skip
+UNKNOWN_TASK = (1000, 4, 100, 500)  # assumed of any other
+# real seconds of each kind of work over those at the machine's rate; `steps`: seconds for a row, a request or a matrix
+SLACK = {
+    "calibrate": {"model": 1.6, "mixed": 1.3, "moved": 1.5, "disk": 1.0, "steps": 0.002},
+    "compress": {"model": 1.6, "mixed": 1.3, "single": 1.5, "solves": 2.0, "alone": 1.5, "moved": 1.5, "search": 1.1,
+                 "steps": 0.005},
+    "load": {"moved": 1.5, "steps": 0.0},
+    "perplexity": {"model": 1.4, "moved": 1.5, "steps": 0.002},
+    "tasks": {"model": 1.6, "moved": 1.5, "steps": 0.003},
+}  # fmt: skip
+STARTED = {"workers": 4.0, "load": 0.4, "tasks": 0.4, "compress": 2.0}  # seconds that pass whatever the shapes are
+BASE = 620e6  # bytes of a process with its libraries
+WORKER_BASE = 420e6  # of one that only compresses
+FILES = 6e6  # bytes of a checkpoint's tokenizer and configuration
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`seconds` by what limits them; `memory` at its peak and `disk` that stays, in bytes."""
+
+    work: Work = field(default_factory=Work)
+    limits: dict[str, float] = field(default_factory=dict)
+    memory: float = 0.0
+    disk: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.limits.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Stages by name; those that cost nothing, as the cache has what they make, are left out."""
+
+    stages: dict[str, Stage]
+    stored_bits: float | None = None
+    model_bits: float | None = None
+    nominal_bits: float | None = None
+    made: frozenset[str] = frozenset()  # what the cache has afterwards
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+    @property
+    def memory(self) -> float:
+        return max((stage.memory for stage in self.stages.values()), default=0.0)
+
+    @property
+    def disk(self) -> float:
+        return sum(stage.disk for stage in self.stages.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All that a prediction depends on: a point's settings without its files."""
+
+    model: Outline
+    names: tuple[str, ...]  # of the matrices that are compressed
+    method: Method | None
+    corrected: bool
+    calibration: tuple[int, int]  # rows, length
+    evaluation: tuple[int, int]
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    batch: int = 8
+    itemsize: int = 2
+    workers: int = 1
+    spill: float = 256 * 2**20
+    keep: bool = True
+
+    @classmethod
+    def of(cls, point: Point, model: Outline) -> "Sizes":
+        c, e, compute = (point.config[key] for key in ("calibration", "evaluation", "compute"))
+        return cls(
+            model, tuple(point.inventory), point.method, point.correction is not None,
+            (c["sequences"], c["length"]), (e["rows"], e["length"]), tuple(e["tasks"]), e["limit"], e["batch_size"],
+            4 if point.dtype == "float32" else 2, point.workers.count if point.method else 1,
+            compute["spill_mb"] * 2**20, point.config["keep_checkpoint"],
+        )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        return self.calibration[0] * self.calibration[1]
+
+    @property
+    def stream(self) -> float:
+        """Bytes of the hidden states of all calibration rows."""
+        return float(self.tokens * self.model.hidden * self.itemsize)
+
+    def shapes(self) -> Iterable[tuple[int, int]]:
+        return (tuple(self.model.matrices[name]) for name in self.names)
+
+    def all_groups(self) -> list[Group]:
+        return self.model.groups(self.model.matrices)
+
+    def fitted_groups(self) -> list[Group]:
+        return self.model.groups(self.names)
+
+
+def estimate(sizes: Sizes, machine: Machine, keys: dict[str, str] | None = None, held: Iterable[str] = ()) -> Estimate:
+    """The stages that are left to do. `keys` names what each makes for others to use; `held` says which are there."""
+    keys, held, stages = keys or {}, set(held), {}
+    if keys.get("done") in held:
+        return Estimate({}, *_bits(sizes))
+    if keys.get("baseline") not in held:
+        parts = [_load_original(sizes, machine), _perplexity(sizes, machine), _tasks(sizes, machine)]
+        stages["baseline"] = joined(parts)
+    if sizes.method is not None:
+        if keys.get("moments") not in held:
+            stages["calibrate"] = _calibrate(sizes, machine)
+        stages["compress"] = _compress(sizes, machine, keys.get("factors") in held, keys.get("subspaces") in held)
+        stages["load"] = _load(sizes, machine)
+        stages["perplexity"], stages["tasks"] = _perplexity(sizes, machine), _tasks(sizes, machine)
+    return Estimate(stages, *_bits(sizes), made=frozenset(keys.values()))
+
+
+def joined(stages: list[Stage]) -> Stage:
+    """Stages one after the other, as one."""
+    limits: dict[str, float] = {}
+    for stage in stages:
+        for kind, seconds in stage.limits.items():
+            limits[kind] = limits.get(kind, 0.0) + seconds
+    memory, disk = max(stage.memory for stage in stages), sum(stage.disk for stage in stages)
+    return Stage(costs.total(stage.work for stage in stages), limits, memory, disk)
+
+
+def _stage(name: str, work: Work, machine: Machine, memory: float, disk: float = 0.0, fixed: float = 0.0) -> Stage:
+    limits = machine.seconds(work, SLACK[name])
+    return Stage(work, limits | ({} if machine.kernel_s else {"start": fixed}), memory, disk)
+
+
+# ------------------------------------------------------------------------------------------------------ bits and bytes
+def stored_bytes(sizes: Sizes) -> int:
+    """Of the packed matrices, exactly."""
+    return sum(sizes.method.spec(shape, name).stored_bytes for name, shape in zip(sizes.names, sizes.shapes()))
+
+
+def rest_bytes(sizes: Sizes) -> float:
+    """Of the checkpoint's tensors that are not packed."""
+    return float((sizes.model.parameters - sum(map(math.prod, sizes.shapes()))) * sizes.itemsize)
+
+
+def moments_bytes(sizes: Sizes) -> float:
+    """Of the second moments in the cache."""
+    return 4.0 * sum(group.width**2 for group in sizes.all_groups())
+
+
+def hidden_bytes(sizes: Sizes) -> float:
+    """Of the hidden states in the cache, which only `corrected` wants."""
+    return sizes.model.blocks * sizes.stream * sizes.corrected
+
+
+def factors_bytes(sizes: Sizes) -> float:
+    """Of the Cholesky factors that points share."""
+    return 0.0 if sizes.corrected else 4.0 * sum(group.width**2 for group in sizes.fitted_groups())
+
+
+def subspaces_bytes(sizes: Sizes) -> float:
+    """Of the leading subspaces that points share."""
+    if sizes.corrected or not sizes.method.rank:
+        return 0.0
+    return 4.0 * sum(costs.dimensions(sizes.method.rank, m, n) * (m + n + 1) for m, n in sizes.shapes())
+
+
+def _bits(sizes: Sizes) -> tuple[float, float, float]:
+    """Stored, model and nominal bits a parameter."""
+    if sizes.method is None:
+        return (8.0 * sizes.itemsize,) * 3
+    parameters, stored = sum(map(math.prod, sizes.shapes())), stored_bytes(sizes)
+    specs = [sizes.method.spec(shape, name) for name, shape in zip(sizes.names, sizes.shapes())]
+    nominal = sum(spec.nominal_bits * spec.parameters for spec in specs) / parameters
+    return 8 * stored / parameters, 8 * (stored + rest_bytes(sizes)) / sizes.model.parameters, nominal
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+def _calibrate(sizes: Sizes, machine: Machine) -> Stage:
+    model, (rows, length) = sizes.model, sizes.calibration
+    groups, disk = sizes.all_groups(), moments_bytes(sizes) + hidden_bytes(sizes)
+    writers = sum(model.matrices[name][0] == model.hidden for name in model.matrices) / model.blocks
+    probes = length * (2 + min(writers, 3))  # rows on which groups and residual writers are found
+    work = costs.forward(model, sizes.tokens + probes, length, sizes.itemsize)
+    work += costs.total(costs.second_moments(g.width, sizes.tokens * g.share) for g in groups)
+    work += Work(moved=24.0 * sum(g.width**2 for g in groups), disk=disk + sizes.itemsize * model.in_blocks)
+    squares = 4.0 * sum(g.width**2 for g in groups) / model.blocks
+    memory = BASE + _opened(sizes) + min(sizes.stream, sizes.spill) + 3 * squares + _activations(sizes)
+    return _stage("calibrate", work, machine, memory, disk)
+
+
+def _opened(sizes: Sizes) -> float:
+    """Bytes of a model that is read block by block: embeddings and a block."""
+    return sizes.itemsize * (sizes.model.embedded + sizes.model.in_blocks / sizes.model.blocks)
+
+
+def _activations(sizes: Sizes) -> float:
+    """Bytes of one row on its way through a block."""
+    sides = [m + n for m, n in sizes.model.matrices.values()]
+    return 3.0 * sizes.calibration[1] * max(sides) * sizes.itemsize
+
+
+def _compress(sizes: Sizes, machine: Machine, factors: bool, subspaces: bool) -> Stage:
+    method, shapes, groups = sizes.method, list(sizes.shapes()), sizes.fitted_groups()
+    work = costs.total(costs.basis(g.width, method) for g in groups)
+    if factors and not sizes.corrected:
+        work += Work(alone=-costs.total(Work(alone=g.width**3 / 3) for g in groups).alone)
+    if method.rank and not (subspaces and not sizes.corrected):
+        work += costs.total(costs.subspace(m, n, costs.dimensions(method.rank, m, n)) for m, n in shapes)
+    for part in (costs.decomposition, costs.measurement, costs.prediction):
+        work += costs.total(part(m, n, method) for m, n in shapes)
+    written = stored_bytes(sizes) + rest_bytes(sizes)
+    shared = (0 if factors else factors_bytes(sizes)) + (0 if subspaces else subspaces_bytes(sizes))
+    work += Work(disk=2 * written + shared + 4.0 * sizes.model.in_blocks)
+    work = work + _prefix(sizes) if sizes.corrected else work
+    kept = written + FILES if sizes.keep else 0.0
+    fixed = STARTED["compress"] + STARTED["workers"] * (sizes.workers > 1)
+    return _stage("compress", work, machine, _fitting_memory(sizes), kept + shared, fixed)
+
+
+def _prefix(sizes: Sizes) -> Work:
+    """The original's and the compressed model's rows through every block, side by side, and corrected targets."""
+    model, (rows, length) = sizes.model, sizes.calibration
+    passes = 2 * sizes.tokens + 3 * length * model.blocks / max(model.blocks, 1)  # and the plan of each block's replay
+    work = costs.forward(model, passes, length, sizes.itemsize) + Work(disk=hidden_bytes(sizes))
+    for g in (g for g in sizes.all_groups() if g.share == 1):
+        work += costs.corrected_moments(g.width, model.hidden, sizes.tokens, g.writes)
+        work += costs.correction(g.width, model.hidden, g.writes) + Work(steps=2 * rows)
+    return work + costs.total(costs.corrected_target(m, n) for m, n in sizes.shapes())
+
+
+def _fitting_memory(sizes: Sizes) -> float:
+    """Matrices in float32 with their moments; behind a prefix also two blocks and what flows through them."""
+    m, n = max(sizes.shapes(), key=math.prod)
+    one = 4.0 * (10 * m * n + 8 * n**2)
+    if not sizes.corrected:
+        block = 4.0 * sizes.model.in_blocks / sizes.model.blocks
+        shared = (factors_bytes(sizes) + moments_bytes(sizes)) / sizes.model.blocks
+        if sizes.workers == 1:
+            return BASE + one + block + shared
+        return BASE + _opened(sizes) + sizes.workers * (WORKER_BASE + one + block + shared)
+    widest = max(g.width for g in sizes.all_groups())
+    flowing = 2 * min(sizes.tokens * widest * sizes.itemsize, sizes.spill) + 2 * min(sizes.stream, sizes.spill)
+    return BASE + 2 * _opened(sizes) + one + 5 * 4.0 * widest**2 + flowing + moments_bytes(sizes) / sizes.model.blocks
+
+
+def _load(sizes: Sizes, machine: Machine) -> Stage:
+    """Matrices decoded, transformed back and cast."""
+    decoded = costs.total(costs.transforms(m, n) for m, n in sizes.shapes())
+    work = decoded + Work(moved=60.0 * sum(map(math.prod, sizes.shapes())), disk=stored_bytes(sizes))
+    work += Work(disk=2 * rest_bytes(sizes))
+    block = 4.0 * sizes.model.in_blocks / sizes.model.blocks
+    return _stage("load", work, machine, BASE + _dense(sizes) + 4 * block, fixed=STARTED["load"])
+
+
+def _load_original(sizes: Sizes, machine: Machine) -> Stage:
+    work = Work(disk=4.0 * sizes.model.parameters, moved=6.0 * sizes.model.parameters)
+    return _stage("load", work, machine, BASE + 1.3 * _dense(sizes), fixed=STARTED["load"])
+
+
+def _dense(sizes: Sizes) -> float:
+    """Bytes of the model as it is evaluated."""
+    return float(sizes.itemsize * sizes.model.parameters)
+
+
+def _perplexity(sizes: Sizes, machine: Machine) -> Stage:
+    rows, length = sizes.evaluation
+    work = costs.forward(sizes.model, rows * length, length, sizes.itemsize, head=True)
+    logits = float(length * sizes.model.vocabulary * sizes.itemsize)
+    return _stage("perplexity", work, machine, BASE + _dense(sizes) + 1.5 * logits)
+
+
+def _tasks(sizes: Sizes, machine: Machine) -> Stage:
+    """All requests of all tasks, each a row of its mean length; logits are kept in float32 too."""
+    work, longest = Work(), 0
+    for name in sizes.tasks:
+        documents, requests, mean, most = TASKS.get(name, UNKNOWN_TASK)
+        documents = min(documents, sizes.limit or documents)
+        work += costs.forward(sizes.model, documents * requests * mean, mean, sizes.itemsize, head=True)
+        longest = max(longest, most if documents > 100 else 2 * mean)
+    logits = sizes.batch * longest * sizes.model.vocabulary * (sizes.itemsize + 8.0)
+    fixed = STARTED["tasks"] * len(sizes.tasks)
+    return _stage("tasks", work, machine, BASE + _dense(sizes) + logits, fixed=fixed)
