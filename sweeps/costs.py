@@ -44,7 +44,9 @@ class Work:
 
     def __mul__(self, times: float) -> "Work":
         search = Counter({name: times * count for name, count in self.search.items()})
-        return Work(**{f.name: times * getattr(self, f.name) for f in fields(Work) if f.name != "search"}, search=search)
+        return Work(
+            **{f.name: times * getattr(self, f.name) for f in fields(Work) if f.name != "search"}, search=search
+        )
 
     @property
     def operations(self) -> float:

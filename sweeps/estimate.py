@@ -33,8 +33,8 @@ SLACK = {
     "tasks": {"model": 1.6, "moved": 1.5, "steps": 0.003},
 }  # fmt: skip
 STARTED = {"workers": 4.0, "load": 0.4, "tasks": 0.4, "compress": 2.0}  # seconds that pass whatever the shapes are
-BASE = 620e6  # bytes of a process with its libraries
-WORKER_BASE = 420e6  # of one that only compresses
+BASE = 950e6  # bytes of a process with its libraries
+WORKER_BASE = 560e6  # of one that only compresses
 FILES = 6e6  # bytes of a checkpoint's tokenizer and configuration
 
 
@@ -199,16 +199,22 @@ def _bits(sizes: Sizes) -> tuple[float, float, float]:
 
 # -------------------------------------------------------------------------------------------------------------- stages
 def _calibrate(sizes: Sizes, machine: Machine) -> Stage:
-    model, (rows, length) = sizes.model, sizes.calibration
+    model, length = sizes.model, sizes.calibration[1]
     groups, disk = sizes.all_groups(), moments_bytes(sizes) + hidden_bytes(sizes)
     writers = sum(model.matrices[name][0] == model.hidden for name in model.matrices) / model.blocks
     probes = length * (2 + min(writers, 3))  # rows on which groups and residual writers are found
     work = costs.forward(model, sizes.tokens + probes, length, sizes.itemsize)
     work += costs.total(costs.second_moments(g.width, sizes.tokens * g.share) for g in groups)
     work += Work(moved=24.0 * sum(g.width**2 for g in groups), disk=disk + sizes.itemsize * model.in_blocks)
+    work += Work(disk=2 * model.blocks * _spilled(sizes, sizes.stream))
     squares = 4.0 * sum(g.width**2 for g in groups) / model.blocks
     memory = BASE + _opened(sizes) + min(sizes.stream, sizes.spill) + 3 * squares + _activations(sizes)
     return _stage("calibrate", work, machine, memory, disk)
+
+
+def _spilled(sizes: Sizes, size: float) -> float:
+    """Bytes of rows that take so many together and do not stay in memory."""
+    return size if size > sizes.spill else 0.0
 
 
 def _opened(sizes: Sizes) -> float:
@@ -243,11 +249,16 @@ def _compress(sizes: Sizes, machine: Machine, factors: bool, subspaces: bool) ->
 def _prefix(sizes: Sizes) -> Work:
     """The original's and the compressed model's rows through every block, side by side, and corrected targets."""
     model, (rows, length) = sizes.model, sizes.calibration
-    passes = 2 * sizes.tokens + 3 * length * model.blocks / max(model.blocks, 1)  # and the plan of each block's replay
-    work = costs.forward(model, passes, length, sizes.itemsize) + Work(disk=hidden_bytes(sizes))
+    passes = 2 * sizes.tokens + 3 * length  # and, on one row, the plan of each block's replay
+    work = costs.forward(model, passes, length, sizes.itemsize) + Work(
+        disk=hidden_bytes(sizes) * len(sizes.all_groups()) / model.blocks
+    )
+    work += Work(disk=2 * model.blocks * _spilled(sizes, sizes.stream))
     for g in (g for g in sizes.all_groups() if g.share == 1):
         work += costs.corrected_moments(g.width, model.hidden, sizes.tokens, g.writes)
         work += costs.correction(g.width, model.hidden, g.writes) + Work(steps=2 * rows)
+        # inputs of a group, of either model, are written, read for its moments and read by the next group's run
+        work += Work(disk=2 * 3 * _spilled(sizes, float(sizes.tokens * g.width * sizes.itemsize)))
     return work + costs.total(costs.corrected_target(m, n) for m, n in sizes.shapes())
 
 

@@ -41,14 +41,25 @@ class Machine:
     cards: int = 1
 
     @classmethod
-    def measured(cls, dtype: str = "bfloat16", cache: Path | None = None) -> "Machine":
-        """This machine, with torch's threads as they are set; measured once, then from the cache."""
+    def measured(cls, dtype: str = "bfloat16", cache: Path | None = None, threads: int = 0) -> "Machine":
+        """This machine with so many threads (0: as many as torch takes); measured once, then from the cache."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            return cls._known(dtype, cache or default_cache())
+        finally:
+            torch.set_num_threads(before)
+
+    @classmethod
+    def _known(cls, dtype: str, cache: Path) -> "Machine":
         import torch
 
         versions = [torch.__version__, platform.python_version(), VERSION]
         processor = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
         key = digest([processor, platform.machine(), torch.get_num_threads(), dtype, *versions])
-        file = (cache or default_cache()) / "machines" / f"{key[:24]}.json"
+        file = cache / "machines" / f"{key[:24]}.json"
         if not file.is_file():
             write_json(file, asdict(_measured(dtype, file.parent)))
         return cls(**read_json(file))
