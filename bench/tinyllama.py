@@ -85,7 +85,7 @@ def compress(directory: Path, inputs: str, more: list[str], scratch: Path) -> di
         point = resolve(compose("config", [*SETTINGS, *own, *more]))
     reset_peak()
     reporter, begun = Reporter(point.name), time.perf_counter()
-    matrices = compress_point(point, reporter, scratch / "checkpoint")
+    matrices = compress_point(point, reporter, scratch / "checkpoint").matrices
     seconds = time.perf_counter() - begun
     millions = sum(math.prod(m["shape"]) for m in matrices) / 1e6
     fit = sum(m["seconds"] for m in matrices)

@@ -58,9 +58,10 @@ class Basis:
 
     def to(self, device: torch.device) -> "Basis":
         """The same on another device."""
-        if self.moments.device == device:
+        moments = self.moments.to(device)
+        if moments is self.moments:  # "cuda" is also where "cuda:0" is
             return self
-        return replace(self, moments=self.moments.to(device), chol=self.chol.to(device), _feedback={})
+        return replace(self, moments=moments, chol=self.chol.to(device), _feedback={})
 
     def __getstate__(self) -> dict:
         """What travels to another process: not what it can make itself."""

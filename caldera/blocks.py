@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from caldera.devices import address, read, read_all
 from caldera.errors import UserError
 from caldera.matrices import Matrix, Products, matrices, watch
 from caldera.rows import Rows, Spill
@@ -188,7 +189,7 @@ def _sharing(
     def note(name: str, x: Tensor) -> None:
         if x.numel():
             held.append(x)
-            seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+            seen.setdefault((address(x), x.shape, x.stride()), []).append(name)
 
     with watch(watched.values(), note):
         stream.run(block, index, row)
@@ -226,10 +227,10 @@ def residual_writers(block: nn.Module, stream: Stream, index: int) -> list[str]:
             return stream.run(block, index, 0)
 
     base = output(None, None)
-    size = LOUD * float(base.float().square().mean().sqrt())
+    size = LOUD * read(base.float().square().mean().sqrt())
     generator = torch.Generator().manual_seed(index)
     value = (size * torch.randn(base.shape, generator=generator)).to(base)
     expected = base + value
     layers = [name for name, m in candidates.items() if m.expert is None]
-    close = {name: (output(name, value) - expected).float().abs().max() for name in layers}
-    return [name for name, gap in close.items() if float(gap) <= 0.05 * size]
+    gaps = [(output(name, value) - expected).float().abs().max() for name in layers]
+    return [name for name, gap in zip(layers, read_all(*gaps)) if gap <= 0.05 * size]

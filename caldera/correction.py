@@ -52,11 +52,14 @@ class Correction:
         if read(mean) <= 0:  # nothing arrives here, which `prepare` refuses by name
             return Target(torch.eye(n, device=moments.device))
         chol, sigma = damped_cholesky(moments / mean, self.sigma, LIMIT, f"{what}: moments of the correction")
-        eye = torch.eye(n, device=moments.device)
         a, b = _at(depth, self.strength, self.strength_last), _at(depth, self.residual, self.residual_last)
-        full = torch.cholesky_solve((cross / mean + sigma * eye).T.contiguous(), chol).T
+        wanted = (cross / mean).T.contiguous()  # from here on in place: n is what memory is short of
+        wanted.diagonal().add_(sigma)
+        through = torch.cholesky_solve(wanted, chol).T.mul_(a)
+        del wanted
+        through.diagonal().add_(1 - a)
         added = None if lack is None else b * torch.cholesky_solve((lack / mean).T.contiguous(), chol).T
-        return Target((1 - a) * eye + a * full, added, moments if self.preserve else None)
+        return Target(through, added, moments if self.preserve else None)
 
 
 def _at(depth: float, first: float, last: float | None) -> float:

@@ -1,9 +1,14 @@
-"""The few places where tensors meet the host: constants on a device, scalars read back, rows split over threads."""
+"""The few places where tensors meet the host: constants on a device, scalars read back, rows split over threads.
+
+Samples are drawn on the host, from generators seeded by a seed and a name, and then moved: what is drawn does not
+depend on the device, so that no device needs a generator of its own.
+"""
 
 import ctypes
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, lru_cache
 from itertools import pairwise
 
@@ -18,14 +23,90 @@ def is_fake(x: Tensor) -> bool:
     return isinstance(x, FakeTensor)
 
 
+def address(x: Tensor) -> tuple:
+    """Where a tensor begins: the same for two that share their memory from there on, in a dry run too."""
+    if is_fake(x):
+        return x.untyped_storage()._cdata, x.storage_offset()
+    return (x.data_ptr(),)
+
+
 def read(x: Tensor) -> float:
     """The host's value of a 0-d tensor; NaN in a dry run. Waits for the device: never call it inside a column loop."""
-    return float("nan") if is_fake(x) else float(x)
+    return _fetched(x).item()
+
+
+def read_all(*xs: Tensor) -> list[float]:
+    """What `read` gives for each of several 0-d tensors of one device, after a single wait."""
+    return _fetched(torch.stack([x.double() for x in xs])).tolist() if xs else []
+
+
+def array(x: Tensor) -> np.ndarray:
+    """The host's copy of a small tensor, float64; NaNs in a dry run. Waits for the device as `read` does."""
+    return _fetched(x)
+
+
+def _fetched(x: Tensor) -> np.ndarray:
+    """The one place that waits, so that tests can count."""
+    return np.full(tuple(x.shape), np.nan) if is_fake(x) else x.detach().double().cpu().numpy()
+
+
+@contextmanager
+def precision(operation, name: str) -> Iterator[None]:
+    """Where float32 products of one kind (`torch.backends.cuda.matmul`, ...) are computed as torch calls `name`."""
+    before = operation.fp32_precision
+    operation.fp32_precision = name
+    try:
+        yield
+    finally:
+        operation.fp32_precision = before
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Where float32 products are those of float32 numbers, whatever the process has set: no TF32, no bfloat16.
+
+    Moments and factorisations lose by TF32 what the quantizers are there to save. Settings are as before afterwards.
+    """
+    backends = torch.backends
+    with ExitStack() as settings:
+        settings.enter_context(_old_switch())
+        for operation in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul):
+            settings.enter_context(precision(operation, "ieee"))
+        yield
+
+
+@contextmanager
+def _old_switch() -> Iterator[None]:
+    """Torch's older switch of the same, off: if it was used, it must agree with the newer ones."""
+    before, matmul = _old_setting(), torch.backends.cuda.matmul
+    if before == "highest":
+        yield
+        return
+    newer = matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    with warnings.catch_warnings(action="ignore"):  # it is on its way out
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = newer
+
+
+def _old_setting() -> str:
+    """What the older switch says; it refuses to answer where the newer ones say something else."""
+    with warnings.catch_warnings(action="ignore"):
+        with suppress(RuntimeError):
+            return torch.get_float32_matmul_precision()
+        with suppress(RuntimeError):
+            return "high" if torch.backends.cuda.matmul.allow_tf32 else "highest"
+    return "highest"
 
 
 @cache
 def _cached(make: Callable[[], np.ndarray], device: torch.device) -> Tensor:
-    return torch.from_numpy(make()).to(device)
+    with torch.inference_mode(False):  # or a table that was copied while moments are collected could serve no training
+        return torch.from_numpy(make()).to(device)
 
 
 def constant(make: Callable[[], np.ndarray], like: Tensor) -> Tensor:

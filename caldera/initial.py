@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from caldera.basis import Basis, prepare, restricted
-from caldera.devices import read
+from caldera.devices import array
 from caldera.lowrank import Pair, lplr, starting_right, top_subspace
 from caldera.method import Method
 
@@ -50,7 +50,7 @@ def split(weight: Tensor, basis: Basis, rank: int, generator: torch.Generator) -
     """
     error = torch.randn(weight.shape, generator=generator).to(weight.device)
     kept, lost = (_tails(x @ basis.chol, rank, generator) for x in (weight, error))
-    products = [read(p) for p in (kept * lost.flip(0)).cpu()]
+    products = array(kept * lost.flip(0))
     return min(range(rank + 1), key=products.__getitem__)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded
-from caldera.devices import over_rows, read
+from caldera.devices import over_rows, read_all
 from caldera.linalg import total
 from caldera.quantizers import Half, Quantizer, Scales
 from caldera.quantizers.base import compiled
@@ -29,13 +29,14 @@ WIDER = 1.2
 class Rounded(NamedTuple):
     """Codes (m, n / g), the scales they were fitted with, and the values (m, n) they stand for.
 
-    `loss` is tr(E (H + sigma I) E^T) of E = W~ - Q where the rounding gave it away.
+    `loss` is tr(E (H + sigma I) E^T) of E = W~ - Q where the rounding gave it away; a tensor inside this module, where
+    it need not be waited for.
     """
 
     codes: Tensor
     scales: Scales
     values: Tensor
-    loss: float | None = None
+    loss: float | Tensor | None = None
 
 
 def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | None = None) -> Rounded:
@@ -43,26 +44,29 @@ def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | No
 
     Scales are fitted to W~ unless given; where the rounding overloads them, they are widened as long as that helps.
     """
-    if scales is not None:
-        return _walk(weight, basis, quantizer, scales)
-    found = _walk(weight, basis, quantizer, quantizer.fit(weight))
-    limit = OVERLOAD * _expected_loss(weight, basis, quantizer, found.scales)
+    found = _walk(weight, basis, quantizer, quantizer.fit(weight) if scales is None else scales)
+    if scales is not None or isinstance(quantizer, Half) or not basis.feedback(quantizer.group).largest > 1e-3:
+        return _read(found)  # given scales, no edge to speak of, or nothing that is fed back
+    loss, expected = read_all(found.loss, _unit_loss(weight, basis, quantizer, found.scales))
+    found, limit = found._replace(loss=loss), OVERLOAD * (expected * quantizer.codebook.gaussian_mse)
     while found.loss > limit:
-        wider = _walk(weight, basis, quantizer, found.scales.times(WIDER))
+        wider = _read(_walk(weight, basis, quantizer, found.scales.times(WIDER)))
         if not wider.loss < found.loss:
             break
         found = wider
     return found
 
 
-def _expected_loss(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> float:
-    """The loss if every rounding had the codebook's error on a Gaussian: mean squared error x tr(D) for each row."""
+def _read(rounded: Rounded) -> Rounded:
+    return rounded._replace(loss=read_all(rounded.loss)[0])
+
+
+def _unit_loss(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> Tensor:
+    """tr(D) for each row, in units of its variance: times a codebook's error on a Gaussian, the loss to expect."""
     feedback = basis.feedback(quantizer.group)
-    if isinstance(quantizer, Half) or not feedback.largest > 1e-3:
-        return float("inf")  # no edge to speak of, or nothing that is fed back
     m, d = weight.shape[0], feedback.blocks.square().sum(-1).reshape(1, -1)  # diagonal of D
     variance = (quantizer.columns(scales, d.shape[1]).scale * quantizer.codebook.gaussian_scale).square()
-    return read(total(variance.expand(m, d.shape[1]) * d)) * quantizer.codebook.gaussian_mse
+    return total(variance.expand(m, d.shape[1]) * d)
 
 
 def _walk(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> Rounded:
@@ -79,7 +83,7 @@ def _walk(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) ->
             target[:first].addmm_(feedback.matrix[first:last, :first].T, work[first:last] - values[first:last])
     # E M = target - Q is what was lost when each column was rounded, and E H E^T = (E M) D (E M)^T
     lost = feedback.blocks.mT @ (target - values).reshape(-1, group, m)
-    loss = read(total(lost.square()) - total(values[n:].square()))  # columns that were added have moments of 1
+    loss = total(lost.square()) - total(values[n:].square())  # columns that were added have moments of 1
     return Rounded(codes.T.contiguous(), scales, values[:n].T.contiguous(), loss)
 
 

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from caldera.devices import read
 from caldera.errors import NumericalError
+
+GRAM_SIGMA = 1e-6  # float32's resolution of the largest eigenvalue's bound
 
 
 def require_finite(x: Tensor, what: str) -> None:
@@ -46,6 +49,12 @@ def named(what: str) -> Iterator[None]:
         raise NumericalError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
+def _damped(h: Tensor, sigma: float) -> Tensor:
+    damped = h.clone()
+    damped.diagonal().add_(sigma)
+    return damped
+
+
 def damped_cholesky(
     h: Tensor, sigma: float, limit: float, what: str, jitters: list | None = None
 ) -> tuple[Tensor, float]:
@@ -56,30 +65,58 @@ def damped_cholesky(
     """
     start = sigma
     while True:
-        damped = h + sigma * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
         with one_thread():
-            factor, info = torch.linalg.cholesky_ex(damped)
-        if not read(info) > 0 and not read((~torch.isfinite(factor)).sum()) > 0:
+            factor, info = torch.linalg.cholesky_ex(_damped(h, sigma))
+        if not read(_failed(info, factor)) > 0:
             if sigma > start and jitters is not None:
                 jitters.append({"what": what, "jitter": sigma})
-            return factor, sigma
+            return factor.contiguous(), sigma  # as it comes back from a file
         if sigma >= limit:
             raise NumericalError(f"{what}: the Cholesky factorisation fails even with {sigma:g} added to the diagonal")
         sigma = min(max(sigma * 10, 1e-8), limit)
 
 
+def _failed(info: Tensor, *results: Tensor) -> Tensor:
+    """0-d, above 0 where a factorisation failed or a result of it is not finite."""
+    return torch.stack([info.to(torch.int64), *((~torch.isfinite(x)).sum() for x in results)]).amax()
+
+
+@dataclass
+class Trust:
+    """Solves that are expected to succeed without more damping: `failed` notes on the device whether all of them did.
+
+    So nothing waits for the device between them; whoever trusts asks at the end, and solves again if it says so.
+    """
+
+    failed: Tensor | None = None
+
+    def solve_gram(self, gram: Tensor, right: Tensor, what: str) -> Tensor:
+        """What the function of that name gives if its first damping serves; `what` is for those who do not trust."""
+        scale = _gram_scale(gram)
+        with one_thread():
+            factor, info = torch.linalg.cholesky_ex(_damped(gram / scale, GRAM_SIGMA))
+        solution = torch.cholesky_solve(right / scale, factor)
+        failed = _failed(info, factor, solution)
+        self.failed = failed if self.failed is None else torch.maximum(self.failed, failed)
+        return solution
+
+
 def solve_gram(gram: Tensor, right: Tensor, what: str, jitters: list | None = None) -> Tensor:
     """X (k, p) with gram X = right, for a positive semidefinite gram (k, k); dependent directions are damped.
 
-    The damping starts at float32's resolution of the largest eigenvalue's bound, so that a rank-deficient gram
-    (a zero target, a rank above the matrix's) gives the least-norm kind of answer instead of an explosion. Damping
-    beyond that start is noted in `jitters`. Raises NumericalError when nothing helps.
+    The damping starts at `GRAM_SIGMA`, so that a rank-deficient gram (a zero target, a rank above the matrix's) gives
+    the least-norm kind of answer instead of an explosion. Damping beyond that start is noted in `jitters`. Raises
+    NumericalError when nothing helps.
     """
-    scale = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    factor, _ = damped_cholesky(gram / scale, 1e-6, 1e-1, what, jitters)
+    scale = _gram_scale(gram)
+    factor, _ = damped_cholesky(gram / scale, GRAM_SIGMA, 1e-1, what, jitters)
     solution = torch.cholesky_solve(right / scale, factor)
     require_finite(solution, what)
     return solution
+
+
+def _gram_scale(gram: Tensor) -> Tensor:
+    return gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
 
 
 def energy(x: Tensor, moments: Tensor) -> float:

@@ -1,15 +1,17 @@
 """Low-rank factors: rank-constrained regression (Xiang et al. 2012) and LPLR, its alternation with rounded factors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from caldera.basis import Basis
-from caldera.devices import read
-from caldera.linalg import one_thread, solve_gram, total
-from caldera.quantizers import Half, Quantizer
+from caldera.devices import read, read_all
+from caldera.linalg import Trust, one_thread, solve_gram, total
+from caldera.quantizers import Half, Quantizer, Scales
 
 POWER_ITERATIONS = 3
 OVERSAMPLING = 16
@@ -20,7 +22,7 @@ class Factor:
     """A rounded factor in storage order (k, size), one row a rank dimension: L^T (k, m) or R (k, n)."""
 
     codes: Tensor
-    scales: object
+    scales: Scales
     values: Tensor
 
     @classmethod
@@ -28,6 +30,12 @@ class Factor:
         scales = quantizer.fit(x)
         codes = quantizer.encode(x, scales)
         return cls(codes, scales, quantizer.decode(codes, scales, x.shape[1]))
+
+    def unless(self, better: Tensor, other: "Factor") -> "Factor":
+        """This factor, or the other where `better` (0-d) is true: chosen on the device."""
+        pairs = ((self.codes, other.codes), (self.values, other.values), *zip(self.scales, other.scales))
+        codes, values, *scales = (None if x is None else torch.where(better, y, x) for x, y in pairs)
+        return Factor(codes, Scales(*scales), values)
 
 
 class Subspace(NamedTuple):
@@ -113,9 +121,9 @@ class Regression:
         gram = right @ self.basis.damped @ right.T
         return self.a_h @ right.T, (gram + gram.T) / 2
 
-    def loss(self, left: Tensor, cross: Tensor, gram: Tensor) -> float:
-        """tr((A - L R) H (A - L R)^T) from the products of R."""
-        return read(self.energy - 2 * total(left * cross) + total((left.T @ left) * gram))
+    def loss(self, left: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
+        """tr((A - L R) H (A - L R)^T), 0-d float64, from the products of R."""
+        return self.energy - 2 * total(left * cross) + total((left.T @ left) * gram)
 
 
 class Pair(NamedTuple):
@@ -123,7 +131,13 @@ class Pair(NamedTuple):
 
     left: Factor
     right: Factor
-    loss: float
+    loss: float | Tensor  # a tensor while it is not worth a wait for the device
+
+    def or_better(self, other: "Pair") -> "Pair":
+        """The pair of the smaller loss, chosen on the device."""
+        better = other.loss < self.loss
+        factors = (x.unless(better, y) for x, y in zip(self[:2], other[:2]))
+        return Pair(*factors, torch.where(better, other.loss, self.loss))
 
 
 def lplr(
@@ -135,26 +149,50 @@ def lplr(
     what: str,
     start: Pair | None = None,
     jitters: list | None = None,
+    tolerance: float = 0.0,
 ) -> Pair:
     """Rounded L^T (k, m) and R (k, n) near A (m, n), alternating from R (k, n): each is solved for, then rounded.
 
     L <- round(A H R^T (R H R^T)^-1), R <- round((L^T L)^-1 L^T A) (Saha et al. 2023). The best pair met is returned;
-    `start`, a pair that exists already, is one of those. Damping that a solve needs is noted in `jitters`.
+    `start`, a pair that exists already, is one of those. An alternation that lowers the least loss by less than
+    `tolerance` of itself is the last one. Damping that a solve needs is noted in `jitters`.
     """
-    (q_left, q_right), problem, found = quantizers, Regression(a, basis), None
+    options = (right, quantizers, iterations, what, start, tolerance)
+    run, trust = partial(_alternated, Regression(a, basis), *options), Trust()
+    found = run(trust.solve_gram)
+    failed, loss = read_all(trust.failed, found.loss)
+    if failed > 0:  # once more, and carefully
+        found = run(partial(solve_gram, jitters=jitters))
+        (loss,) = read_all(found.loss)
+    return found._replace(loss=loss)
+
+
+def _alternated(
+    problem: Regression,
+    right: Tensor,
+    quantizers: tuple,
+    iterations: int,
+    what: str,
+    start: Pair | None,
+    tolerance: float,
+    solve: Callable[[Tensor, Tensor, str], Tensor],
+) -> Pair:
+    """`lplr` with `solve` for its Gram systems; its loss stays on the device."""
+    (q_left, q_right), found = quantizers, None
     factor = Factor.round(right, q_right) if start is None else start.right
     products = problem.products(factor.values)
     if start is not None:
         found = Pair(start.left, factor, problem.loss(start.left.values.T, *products))
+    least = read(found.loss) if tolerance and found is not None else float("inf")
     for _ in range(iterations):
-        left = Factor.round(solve_gram(products[1], products[0].T, what, jitters), q_left)
-        found = _better(found, Pair(left, factor, problem.loss(left.values.T, *products)))
-        solved = solve_gram(left.values @ left.values.T, left.values @ a, what, jitters)
-        factor = Factor.round(solved, q_right)
+        left = Factor.round(solve(products[1], products[0].T, what), q_left)
+        pair = Pair(left, factor, problem.loss(left.values.T, *products))
+        found = pair if found is None else found.or_better(pair)
+        factor = Factor.round(solve(left.values @ left.values.T, left.values @ problem.a, what), q_right)
         products = problem.products(factor.values)
-        found = _better(found, Pair(left, factor, problem.loss(left.values.T, *products)))
+        found = found.or_better(Pair(left, factor, problem.loss(left.values.T, *products)))
+        if tolerance:  # the only wait in here
+            before, least = least, read(found.loss)
+            if least > before * (1 - tolerance):
+                break
     return found
-
-
-def _better(found: Pair | None, other: Pair) -> Pair:
-    return other if found is None or other.loss < found.loss else found

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from caldera.devices import address
+
 EXPERTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")  # parameters (experts, ., .) of a fused module
 
 
@@ -107,7 +109,7 @@ class Products(TorchFunctionMode):
 
     def __init__(self, watched: Iterable[Matrix], seen: Callable[[str, Tensor, Callable[..., Tensor]], Tensor | None]):
         super().__init__()
-        self.names = {matrix.stored.data_ptr(): matrix.name for matrix in watched}
+        self.names = {address(matrix.stored): matrix.name for matrix in watched}
         self.seen = seen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -116,7 +118,7 @@ class Products(TorchFunctionMode):
             return function(*args, **kwargs)
         x, weight = (_operand(args, kwargs, at) for at in place)
         plain = isinstance(weight, Tensor) and weight.dim() == 2  # a stack of experts begins where its first one does
-        name = self.names.get(weight.data_ptr()) if plain else None
+        name = self.names.get(address(weight)) if plain else None
         y = partial(_product, function, args, kwargs, place[0])
         instead = None if name is None else self.seen(name, x, y)
         return y() if instead is None else instead

@@ -1,13 +1,14 @@
 """Second moments H = E[x x^T] of the inputs of a block's matrices."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from caldera.blocks import InputGroup, Stream
+from caldera.devices import precision, read
 from caldera.errors import NumericalError
 from caldera.matrices import matrices, watch
 
@@ -20,16 +21,11 @@ def products_of(*factors: Tensor) -> Iterator[None]:
     """Where float32 products of these tensors are computed: bfloat16 numbers by the CPU's own instructions for them.
 
     That is as exact over `PIECE` tokens, as such numbers are multiplied without rounding and summed in float32, and
-    about twice as fast.
+    about twice as fast: an exception to `full_precision` that costs nothing. Other devices and numbers are left alone.
     """
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    if all(x.dtype == torch.bfloat16 for x in factors):
-        settings.fp32_precision = "bf16"
-    try:
+    exact = all(x.dtype == torch.bfloat16 for x in factors)
+    with precision(torch.backends.mkldnn.matmul, "bf16") if exact else nullcontext():
         yield
-    finally:
-        settings.fp32_precision = before
 
 
 @dataclass
@@ -58,7 +54,7 @@ class Accumulator:
 
     def mean(self) -> Tensor:
         """H (n, n), symmetric."""
-        return self.symmetric() / max(self.tokens, 1)
+        return self.symmetric().div_(max(self.tokens, 1))
 
     def symmetric(self) -> Tensor:
         """The sum of x x^T (n, n)."""
@@ -86,7 +82,7 @@ def collect(
     with watch([layers[g.name] for g in groups], lambda name, x: found[name].add(x)):
         stream.advance(block, index, progress)
     for name, accumulator in found.items():
-        if not torch.isfinite(accumulator.total.diagonal()).all():
+        if read((~torch.isfinite(accumulator.total.diagonal())).sum()) > 0:
             raise NumericalError(f"{what}.{name}: its input activations contain NaN or infinity")
     return found
 

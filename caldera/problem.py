@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from caldera.basis import Basis
-from caldera.linalg import power_of_4
+from caldera.linalg import energy, power_of_4
 from caldera.lowrank import Subspace, top_subspace
 
 LEAST = 64
@@ -37,6 +37,11 @@ class Problem:
         return cls(name, basis, basis.forward(weight.float() / unit, name), unit)
 
     @cached_property
+    def energy(self) -> float:
+        """tr(W~ H~ W~^T) / unit^2, the loss of storing nothing."""
+        return energy(self.weight, self.basis.moments)
+
+    @cached_property
     def image(self) -> Tensor:
         """W~ C / unit (m, n), where H~ + sigma I = C C^T."""
         return self.weight @ self.basis.chol
@@ -49,7 +54,9 @@ class Problem:
         """The largest singular values of the image, at least `rank` of them; their sketch depends on nothing else."""
         k = self.dimensions(rank)
         if k not in self._found:
-            self._found[k] = top_subspace(self.image, k, generator_of(self.basis.seed, f"{self.name}/subspace/{k}"))
+            found = top_subspace(self.image, k, generator_of(self.basis.seed, f"{self.name}/subspace/{k}"))
+            # as it comes back from a file: a product's last bits depend on how its factors lie in memory
+            self._found[k] = Subspace(*(x.contiguous() for x in found))
         return self._found[k]
 
     def give(self, subspace: Subspace) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from caldera.tensorfile import place_of, raw
 
-LIMIT = 256 * 2**20  # bytes
+LIMIT = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.functional import pad
 
 from caldera.basis import Basis, padded, prepare
-from caldera.devices import read
+from caldera.devices import array, read
 from caldera.linalg import relative
 from caldera.lowrank import Subspace
 from caldera.method import Method
@@ -70,11 +71,11 @@ def predict_error(
     if basis is None:
         basis = prepare(moments, name=name, seed=method.seed, sigma=method.sigma, transformed=method.transform)
     problem = Problem.of(weight.detach(), basis, name) if problem is None else problem
-    a, image, generator = problem.weight, problem.image, generator_of(method.seed, f"{name}/theory")
-    norm, damped = _energy(a), _energy(image)
+    a, generator = problem.weight, generator_of(method.seed, f"{name}/theory")
+    norm, total = _energy(a), problem.energy
     if norm == 0:
         return 0.0
-    total, target, factors = damped - basis.sigma * norm, _Target.of(a, generator), None
+    damped, target, factors = total + basis.sigma * norm, _Target.of(a, generator), None
     if method.rank:
         factors = _Factors.of(a, problem.subspace(method.rank).first(method.rank), basis, method)
         target = factors.residual(target, generator)
@@ -97,14 +98,15 @@ def _noise(rows: int, columns: int, generator: torch.Generator, like: Tensor) ->
 @cache
 def _curves(quantizer: str, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """White variance and lost share alpha at RATIOS: rows of `columns` Gaussians, rounded with the scales of others."""
-    q, generator = get_quantizer(quantizer), torch.Generator().manual_seed(0)
-    fitted, other = (torch.randn(-(-SAMPLE // columns), columns, generator=generator) for _ in range(2))
-    scales, white, lost = q.fit(fitted), [], []
-    for ratio in RATIOS:
-        x = fitted * min(ratio, 1.0) ** 0.5 + other * max(ratio - 1.0, 0.0) ** 0.5
-        error = x - q.decode(q.encode(x, scales), scales, columns)
-        lost.append(float((error * x).mean() / x.square().mean()))
-        white.append(float((error - lost[-1] * x).square().mean()))
+    with unset_fake_temporarily():  # what is kept must be real
+        q, generator = get_quantizer(quantizer), torch.Generator().manual_seed(0)
+        fitted, other = (torch.randn(-(-SAMPLE // columns), columns, generator=generator) for _ in range(2))
+        scales, white, lost = q.fit(fitted), [], []
+        for ratio in RATIOS:
+            x = fitted * min(ratio, 1.0) ** 0.5 + other * max(ratio - 1.0, 0.0) ** 0.5
+            error = x - q.decode(q.encode(x, scales), scales, columns)
+            lost.append(float((error * x).mean() / x.square().mean()))
+            white.append(float((error - lost[-1] * x).square().mean()))
     return np.array(white), np.array(lost)
 
 
@@ -168,7 +170,7 @@ class _Backbone:
         for _ in range(ROUNDS):
             fed = (back.square().sum(0) + 2 * (back[:PROBES] * probes).sum(0)) / PROBES
             ratio = (own + self._per_block(fed)).clamp(min=1e-30) / unit.clamp(min=1e-30)
-            white, lost = _rounding(self.quantizer.name, self.basis.n, ratio.double().cpu().numpy())
+            white, lost = _rounding(self.quantizer.name, self.basis.n, array(ratio))
             white, lost = (torch.from_numpy(x).float().to(unit.device) for x in (white, lost))
             self.white, self.eta = white * unit, white * unit + lost.square() * ratio * unit  # variances, by block
             lost = lost.repeat_interleave(group)

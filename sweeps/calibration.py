@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from caldera.blocks import InputGroup, Stream, input_groups, residual_writers
-from caldera.devices import release
+from caldera.devices import full_precision, release
 from caldera.files import committed, write_json
 from caldera.moments import collect, pooled
 from caldera.rows import Rows, Spill
@@ -53,9 +54,10 @@ class Calibration:
         """Groups of experts that saw fewer tokens than they are wide."""
         return {g["name"] for g in self.manifest["blocks"][block]["groups"] if g["filled_up"]}
 
-    def moments(self, block: int) -> dict[str, Tensor]:
-        """H (n, n) float32 of each group of a block."""
-        return load_file(self.directory / _moments_file(block))
+    def moments(self, block: int, names: list[str] | None = None) -> dict[str, Tensor]:
+        """H (n, n) float32 of the groups of those names, or of all groups, of a block."""
+        with safe_open(self.directory / _moments_file(block), "pt") as opened:
+            return {name: opened.get_tensor(name) for name in (opened.keys() if names is None else names)}
 
     def hidden(self, block: int, device: torch.device | str = "cpu") -> Rows:
         """The hidden states (1, length, width) that enter a block, a row at a time from the disk."""
@@ -97,6 +99,7 @@ def is_complete(directory: Path, hidden: bool) -> bool:
     return file.is_file() and (not hidden or read_json(file)["hidden"])
 
 
+@full_precision()
 def _collect_all(
     directory: Path,
     model: Source,

@@ -14,6 +14,7 @@ import torch
 from caldera import Decomposition
 from caldera.blocks import covered, named_matrices
 from caldera.checkpoint import block_file, read_matrices, write_manifest, write_matrices, write_rest
+from caldera.devices import full_precision, release
 from caldera.files import sha256, write_json
 from caldera.matrices import matrices
 from caldera.streamed import Source
@@ -101,17 +102,25 @@ class BlockTask:
     target: Target
     workers: Workers = ALONE
 
+    @full_precision()  # here for other processes
     def __call__(self, index: int, device: torch.device) -> int:
         model, fit = self.opened(), self.fit.on(device)
         name = f"{model.name}.{index}"
         layers = {f"{name}.{own}": m for own, m in matrices(model.block(index)).items() if f"{name}.{own}" in fit.names}
         with self.shared.block(index) as known:
-            found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
+            if layers:
+                found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
+            else:
+                found = {}
+                self.inputs.skip(index, [])
         facts = {"reused": known.reused, "made": known.made, "peak_rss_bytes": peak_rss()}
         self.target.finish(index, found, facts)
+        del layers, known, found
+        release()
         return index
 
 
+@full_precision()
 def compress(
     source: Path,
     opened: Callable[[], Source],

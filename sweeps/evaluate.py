@@ -69,11 +69,13 @@ def _row_losses(logits, rows) -> list[float]:
     """Mean cross-entropy of each row: logits (batch, L, vocabulary), rows (batch, L); float32, a chunk at a time."""
     import torch.nn.functional as F
 
+    from caldera.devices import read_all
+
     losses = []
     for row_logits, row in zip(logits, rows, strict=True):
         chunks = zip(row_logits[:-1].split(CHUNK), row[1:].split(CHUNK), strict=True)
-        total = sum(F.cross_entropy(some.float(), targets, reduction="sum").item() for some, targets in chunks)
-        losses.append(total / (len(row) - 1))
+        sums = [F.cross_entropy(some.float(), targets, reduction="sum") for some, targets in chunks]
+        losses.append(sum(read_all(*sums)) / (len(row) - 1))
     return losses
 
 

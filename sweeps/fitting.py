@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from caldera import Basis, Decomposition, Method, decompose, predict_error
-from caldera.devices import release
+from caldera.devices import full_precision, release
 from caldera.matrices import Matrix
 from caldera.problem import Problem
 from sweeps.inputs import CorrectedPrefix, Given, Original
@@ -51,6 +51,7 @@ class Fitted:
     seconds: float
 
 
+@full_precision()
 def fit_matrix(job: MatrixJob, device: torch.device) -> Fitted:
     """The decomposition, and what theory expected of it."""
     with blamed(job.name):

@@ -7,12 +7,14 @@ same code for both. `install` hears of every compressed matrix before the next s
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from caldera.blocks import InputGroup, Stream
 from caldera.correction import Correction, output_error
+from caldera.devices import full_precision
 from caldera.matrices import matrices
 from caldera.moments import Accumulator, add_product
 from caldera.packed import PackedMatrix
@@ -35,10 +37,9 @@ class Given:
     output_error: Callable[[Tensor, Tensor], float | None] = lambda _weight, _approximation: None
 
 
-def as_original(
-    calibration: Calibration, index: int, groups: list[InputGroup], moments: dict[str, Tensor]
-) -> list[Given]:
+def as_original(calibration: Calibration, index: int, groups: list[InputGroup]) -> list[Given]:
     """Groups of block `index` with the original model's moments."""
+    moments = calibration.moments(index, [g.name for g in groups])
     tokens, few = calibration.tokens(index), calibration.filled_up(index)
     return [Given(g, moments[g.name], tokens[g.name], g.name in few) for g in groups]
 
@@ -51,11 +52,13 @@ class Original:
 
     def stages(self, index: int) -> Iterator[list[Given]]:
         """All groups of a block at once."""
-        groups, moments = self.calibration.groups(index), self.calibration.moments(index)
-        yield as_original(self.calibration, index, groups, moments)
+        yield as_original(self.calibration, index, self.calibration.groups(index))
 
     def install(self, name: str, weight: Tensor) -> None:
         """Nothing here depends on what was compressed."""
+
+    def skip(self, index: int, packed: list[PackedMatrix]) -> None:
+        """Nor on a block that is not."""
 
 
 @dataclass
@@ -73,6 +76,7 @@ class CorrectedPrefix:
     correction: Correction
     spill: Spill | None = None
 
+    @full_precision()
     def __post_init__(self) -> None:
         self.stream = Stream.open(self.model.model, self.rows, self.spill)  # of the compressed prefix
         self.plan: Plan | None = None
@@ -80,7 +84,7 @@ class CorrectedPrefix:
     @torch.no_grad()
     def stages(self, index: int) -> Iterator[list[Given]]:
         """The groups that run side by side, in the order in which they run."""
-        self.index, self.moments = index, self.calibration.moments(index)
+        self.index = index
         self.writers = self.calibration.residual_writers(index)
         groups = self.calibration.groups(index)
         self._open(self.model.block(index), self.model.block(index), groups)
@@ -90,16 +94,17 @@ class CorrectedPrefix:
             if all(group in steps for group in stage):
                 yield [self._given(group, steps[group]) for group in stage]
             else:
-                yield as_original(self.calibration, index, stage, self.moments)
+                yield as_original(self.calibration, index, stage)
         for row, output in enumerate(self.compressed.outputs()):
             self.stream.hidden[row] = output
+        del self.original, self.compressed  # before the next block is read
 
     def install(self, name: str, weight: Tensor) -> None:
         """Put W^ (m, n) of the matrix of that name, in its block, into the compressed prefix."""
         self.compressed.layers[name].write(weight)
 
     def skip(self, index: int, packed: list[PackedMatrix]) -> None:
-        """Let the compressed prefix go through a block that is compressed already."""
+        """Let the compressed prefix go through a block that is compressed already, or has nothing to compress."""
         block = self.model.block(index)
         layers = matrices(block)
         for matrix in packed:
@@ -122,14 +127,18 @@ class CorrectedPrefix:
         seen, cross, lack, tokens = self._means(group, step)
         what, depth = f"block {self.index}.{group.name}", self.index / max(self.model.count - 1, 1)
         target = self.correction.fit(seen, cross, lack, depth, what)
-        original = self.moments[group.name].to(seen.device)
+        original = partial(self._moments_of, group.name, seen.device)
         return Given(
             group,
             seen,
             tokens,
             target=lambda name, weight: target.of(weight, name in self.writers),
-            output_error=lambda weight, approximation: output_error(weight, approximation, original, cross, seen),
+            output_error=lambda weight, approximation: output_error(weight, approximation, original(), cross, seen),
         )
+
+    def _moments_of(self, name: str, device: torch.device) -> Tensor:
+        """H (n, n) of the original model's inputs, from its file."""
+        return self.calibration.moments(self.index, [name])[name].to(device)
 
     def _means(self, group: InputGroup, step: int) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """H^ and C (n, n), D (width, n) if a matrix of the group writes into the stream, and the number of tokens."""
@@ -143,7 +152,7 @@ class CorrectedPrefix:
             if writes:
                 add_product(lack, self._lack(row), y)
         tokens = moments.tokens
-        return moments.mean(), cross / tokens, None if lack is None else lack / tokens, tokens
+        return moments.mean(), cross.div_(tokens), None if lack is None else lack.div_(tokens), tokens
 
     def _lack(self, row: int) -> Tensor:
         """(length, width): what the compressed residual stream lacks, in the stream's own dtype."""

@@ -5,9 +5,11 @@ same packages, and the results and cache folders under the same paths.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -15,6 +17,7 @@ from caldera.errors import CalderaError, UserError
 from sweeps.progress import logger
 
 BACKENDS = ("loky", "ray")
+TOGETHER = 4  # jobs for each worker of a cluster before the next ones are handed out
 ATTEMPTS = 3  # rounds in which a worker may die before something finishes
 
 
@@ -42,11 +45,12 @@ class Workers:
         while places:
             before = len(places)
             try:
-                for key, outcome in self._round(task, places, job):
-                    del places[key]
-                    if isinstance(outcome, Exception):
-                        raise _Raised from outcome
-                    yield key, outcome
+                with _closing(self._round(task, places, job)) as outcomes:
+                    for key, outcome in outcomes:
+                        del places[key]
+                        if isinstance(outcome, Exception):
+                            raise _Raised from outcome
+                        yield key, outcome
             except _Raised as raised:
                 raise raised.__cause__ from None
             except _lost() as error:
@@ -62,24 +66,36 @@ class Workers:
         """One go at all that is left: (key, result or exception), as they come."""
         from joblib import Parallel, delayed
 
-        with self._cluster():
-            pool = Parallel(n_jobs=self.count, backend=self.backend, return_as="generator_unordered", batch_size=1)
-            todo = list(places.items())  # the pool asks for jobs from a thread of its own, while others are struck out
-            calls = (delayed(_guarded)(task, key, job(key), where, self.threads) for key, where in todo)
-            yield from pool(calls)
+        calls = (delayed(_guarded)(task, key, job(key), where, self.threads) for key, where in list(places.items()))
+        options = {"n_jobs": self.count, "backend": self.backend, "batch_size": 1}
+        if self.backend != "ray":
+            yield from Parallel(return_as="generator_unordered", **options)(calls)
+            return
+        self._join_cluster()
+        with Parallel(**options) as pool:  # Ray's returns lists alone: a few jobs at a time
+            while batch := list(islice(calls, TOGETHER * self.count)):
+                yield from pool(batch)
 
-    @contextmanager
-    def _cluster(self) -> Iterator[None]:
-        """A Ray that has a processor for every worker, unless one is there to be joined."""
-        if self.backend == "ray":
-            import ray
-            from ray.util.joblib import register_ray
+    def _join_cluster(self) -> None:
+        """Make a Ray known to joblib that has a processor for every worker, unless there is one to be joined."""
+        import ray
+        from ray.util.joblib import register_ray
 
-            register_ray()
-            if not ray.is_initialized():
-                address = os.environ.get("RAY_ADDRESS")
-                ray.init(address=address, num_cpus=None if address else self.count, log_to_driver=False)
-        yield
+        register_ray()
+        if not ray.is_initialized():
+            address = os.environ.get("RAY_ADDRESS")
+            ray.init(address=address, num_cpus=None if address else self.count, log_to_driver=False)
+
+
+@contextmanager
+def _closing(outcomes: Iterator) -> Iterator[Iterator]:
+    """Close the generator at the end, without joblib's advice to those who stop early."""
+    try:
+        yield outcomes
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            outcomes.close()
 
 
 class _Raised(Exception):

@@ -130,7 +130,7 @@ class ComputeConfig:
     threads: int = 0
     workers: int = 0
     backend: str = "loky"
-    spill_mb: int = 256
+    spill_mb: int = 64
 
 
 @dataclass

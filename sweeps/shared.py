@@ -127,11 +127,12 @@ class _File:
     def put(self, name: str, tensors: dict[str, Tensor], facts: dict) -> None:
         """Add what was found, if it is to be kept."""
         if self.path:
-            self.entries[name], self.facts[name], self.changed = tensors, facts, True
+            self.entries[name] = {key: t.cpu() for key, t in tensors.items()}  # a GPU's memory is for what is computed
+            self.facts[name], self.changed = facts, True
 
     def commit(self) -> None:
         """Write the file if something was added."""
         if self.changed:
-            tensors = {f"{n}/{k}": t.cpu().contiguous() for n, entry in self.entries.items() for k, t in entry.items()}
+            tensors = {f"{n}/{k}": t.contiguous() for n, entry in self.entries.items() for k, t in entry.items()}
             with committed(self.path) as part:
                 save_file(tensors, part, {"facts": json.dumps(self.facts)})

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, one_hot
+from torch.nn.functional import embedding
 
 from caldera.devices import constant
 from caldera.quantizers.base import gaussian_fit
@@ -72,6 +72,11 @@ def e81_points() -> np.ndarray:
     return np.concatenate([pairs, halves, np.zeros((1, 8)), singles]).astype(np.float32)
 
 
+def _at_place(at: Tensor) -> Tensor:
+    """(N, 8), true at one place of each row; `one_hot` asks some devices whether the places are in range."""
+    return at[:, None] == torch.arange(8, device=at.device)
+
+
 def _free_point(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest half-integer points with even sums, any norm: |v| - 1/2 (N, 8), signs, squared distances (N,)."""
     a, negative = y.abs(), y < 0
@@ -79,7 +84,7 @@ def _free_point(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rest = a - m - 0.5
     odd = ((m.sum(1) + negative.sum(1)) % 2) == 1
     worst, at = rest.abs().max(1)
-    moved = one_hot(at, 8).bool() & odd[:, None]
+    moved = _at_place(at) & odd[:, None]
     down = moved & (rest < 0)
     negative = negative ^ (down & (m == 0))
     m = m + (moved & ~down) - (down & (m > 0)).to(m.dtype)
@@ -125,7 +130,7 @@ def _arranged(choice, order, a, negative, parity, distance) -> tuple[Tensor, Ten
     by_extra = constant(patterns, a)[227 + (choice - 7).clamp(min=0)]
     m = torch.where((choice >= 7)[:, None], by_extra, by_type)
     odd = (m.sum(1) + parity) % 2 == 1
-    cheapest = one_hot((a * (2 * m + 1)).argmin(1), 8).bool()
+    cheapest = _at_place((a * (2 * m + 1)).argmin(1))
     negative = negative ^ (cheapest & odd[:, None])
     return m.to(a.dtype), negative, distance
 

@@ -25,6 +25,7 @@ STATES = 1 << STATE_BITS
 RUN = 256  # longest sequence
 WARM = 64  # values before and after the seam that decide with which state a closed sequence begins
 BLOCKED = 1e30
+TOGETHER = 1024  # sequences that tensor code searches side by side, in 1/4 to 1/2 GB
 FAR = 16.0  # values beyond are taken for this: float32 sums must keep the digits of the others' distances
 STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352}  # of the best uniform levels for a unit Gaussian (Max 1960)
 
@@ -79,6 +80,8 @@ class Trellis:
         """Codes int64 (m, n) of the columns of z (m, n)."""
         if self.is_short(z.shape[0]):
             return self._encode_short(z)
+        if z.shape[1] > (piece := max(1, TOGETHER // (len(self.edges(z.shape[0])) - 1))):
+            return torch.cat([self.encode_columns(part) for part in z.split(piece, 1)], 1)
         runs = [z[a:b].clamp(-FAR, FAR) for a, b in pairwise(self.edges(z.shape[0]))]
         found: dict[int, list[Tensor]] = {}
         for length in {len(run) for run in runs}:  # two at most, each searched as one batch
@@ -127,14 +130,14 @@ class Trellis:
         back = []
         for t in range(length):
             best, winner = cost.reshape(n, many, groups).min(1)
-            back.append(winner)
+            back.append(winner.to(torch.uint8))
             cost = best.repeat_interleave(many, 1) + (x[t][:, None] - table).square()
         last = (cost if fits is None else torch.where(fits, cost, 2 * BLOCKED)).argmin(1)
         states = []
         for winner in back[::-1]:
             states.append(last)
             group = last >> self.bits
-            last = (winner.gather(1, group[:, None])[:, 0] << (STATE_BITS - self.bits)) | group
+            last = (winner.gather(1, group[:, None])[:, 0].long() << (STATE_BITS - self.bits)) | group
         return torch.stack(states[::-1])
 
     def _encode_short(self, z: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ from caldera.lowrank import top_subspace
 from caldera.moments import Accumulator
 from caldera.quantizers import Quantizer, Scales, e8p, scalar
 from tests.caldera.oracles import gaussian, second_moments
+from tests.caldera.watching import DEVICE, empty
 
-# A build of torch without CUDA cannot even index a fake CUDA tensor, for want of a device guard. To code that never
-# asks for a kind of device, "lazy" is one like any other: not the host, and no host tensor may meet its tensors.
-DEVICE = "cuda" if torch.backends.cuda.is_built() else "lazy"
 NAMES = [*quantizer_names(), "e8p_2bit_row", "e8p_3bit_g64", "uniform_3bit_g32", "uniform_asym_4bit_g64", "nf_4bit_row"]
 
 
@@ -25,10 +23,6 @@ NAMES = [*quantizer_names(), "e8p_2bit_row", "e8p_3bit_g64", "uniform_3bit_g32",
 def fake():
     with FakeTensorMode() as mode:
         yield mode
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device=DEVICE)
 
 
 def on_device(*tensors: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ import torch
 
 from caldera.linalg import solve_gram
 from caldera.lowrank import Factor, Regression, lplr, rank_constrained_regression, rotated, top_subspace
-from caldera.quantizers import get_quantizer
+from caldera.quantizers import Scales, get_quantizer
 from tests.caldera.oracles import basis_of, dense_regression, gaussian, never_rises, weighted_loss
 
 
@@ -109,7 +109,7 @@ def test_loss_from_products_is_the_loss(transformed):
 @pytest.mark.parametrize(("m", "n", "k"), [(24, 40, 1), (24, 40, 8), (60, 33, 12)])
 def test_unrounded_alternation_solves_both_least_squares_problems(m, n, k, monkeypatch):
     """Each half step in float32, hence without rounding, is at the minimum over its factor."""
-    keep = classmethod(lambda cls, x, quantizer: cls(x, None, x))
+    keep = classmethod(lambda cls, x, quantizer: cls(x, Scales(torch.ones(1, 1)), x))
     monkeypatch.setattr(Factor, "round", keep)
     a, basis = gaussian(m, n), basis_of(n)
     left, right, _ = lplr(a, gaussian(k, n, seed=3), basis, quantizers("bf16", "bf16"), 30, "x")

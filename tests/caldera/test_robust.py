@@ -161,7 +161,8 @@ def test_every_note_reaches_the_decomposition(monkeypatch):
     assert noted == {
         "layer.q: second moments", "layer.q: initial factors", "layer.q: LR of iteration 0", "layer.q: Q of iteration 0"
     }  # fmt: skip
-    assert len(found.jitters) == len(calls) / 2 and found.sigma == pytest.approx(0.03)
+    trusting = 2 * 2  # solves of the two LPLRs before they know that these fail
+    assert len(found.jitters) == (len(calls) - trusting) / 2 and found.sigma == pytest.approx(0.03)
 
 
 def test_a_guard_that_gives_up_names_the_matrix_and_the_last_jitter():
@@ -194,7 +195,8 @@ def test_other_errors_pass_the_guard_as_they_are():
 
 
 def test_an_iterate_that_is_no_number_is_an_error_by_name(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("caldera.decompose"), "energy", lambda x, moments: float("nan"))
+    loop = importlib.import_module("caldera.decompose")._Loop
+    monkeypatch.setattr(loop, "_undamped", lambda *_: float("nan"))
     with pytest.raises(NumericalError, match=r"layer\.q: LR of iteration 0: the relative error is nan"):
         decompose(gaussian(8, 16), second_moments(16), Method(rank=4), name="layer.q")
 

@@ -140,3 +140,11 @@ def test_threads_do_not_change_a_code(threads):
         assert torch.equal(nearest_columns(book(2), z), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_many_sequences_are_searched_a_few_at_a_time(monkeypatch):
+    """What tensor code remembers of the search grows with the sequences side by side."""
+    book, x = format_.CODEBOOKS[2], gaussian(30, 7)
+    together = book.encode_columns(x)
+    monkeypatch.setattr("caldera.quantizers.trellis.TOGETHER", 3)
+    assert torch.equal(book.encode_columns(x), together)

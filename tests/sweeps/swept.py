@@ -7,7 +7,7 @@ from pathlib import Path
 
 TOP_LEVEL = {
     "schema_version", "status", "name", "key", "sweep", "created", "config", "point", "bits", "metrics", "matrices",
-    "timings_s", "memory", "environment", "seeds", "error",
+    "timings_s", "reused", "memory", "environment", "seeds", "error",
 }  # fmt: skip
 NO_TASKS = "evaluation.tasks=[]"
 

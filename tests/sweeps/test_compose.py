@@ -118,7 +118,7 @@ METHODS = {
     "qera": ("trellis_2bit", 32), "loftq": ("nf_4bit_g64", 32), "srr": ("trellis_2bit", 64),
     "odlri": ("trellis_2bit", 64),
     "gptq": ("uniform_asym_3bit_g64", 0), "rtn": ("uniform_asym_3bit_g64", 0), "lr_only": ("none", 0),
-    "none": ("none", 0),
+    "none": ("none", 0), "fast": ("e8p_2bit", 0),
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps import compress
+from sweeps import fitting
 from tests.sweeps.swept import NO_TASKS, TOP_LEVEL, Swept
 
 
@@ -40,14 +40,14 @@ def test_a_sweep_without_a_finished_point_fails_too(application, dead, tmp_path)
 
 
 def test_an_error_from_elsewhere_is_one_failed_point_and_is_made_up_for(application, monkeypatch, tmp_path):
-    real, name = compress.decompose, "model.layers.1.self_attn.k_proj"
+    real, name = fitting.decompose, "model.layers.1.self_attn.k_proj"
 
     def out_of_memory(weight, moments, method, **options):
         if method.rank == 4 and options["name"] == name:
             raise RuntimeError("out of memory")
         return real(weight, moments, method, **options)
 
-    monkeypatch.setattr(compress, "decompose", out_of_memory)
+    monkeypatch.setattr(fitting, "decompose", out_of_memory)
     sweep = ["-m", "rank.k=4,2", NO_TASKS, "keep_checkpoint=false"]
     code, _, errors = application(*sweep)
     swept = Swept(tmp_path / "results")

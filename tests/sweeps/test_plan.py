@@ -14,8 +14,8 @@ from sweeps.schema import Config
 NEUTRAL = {
     "model.name", "model.path", "model.gguf_package", "model.gguf_file", "model.revision", "model.trust_remote_code",
     "calibration.allow_overlap", "tracker.name", "tracker.mode", "tracker.project", "tracker.entity",
-    "compute.device", "compute.threads", "compute.spill_mb", "sweep", "results", "cache", "plan", "force",
-    "keep_checkpoint",
+    "compute.device", "compute.threads", "compute.spill_mb", "compute.workers", "compute.backend",
+    "sweep", "results", "cache", "plan", "force", "keep_checkpoint",
 }  # fmt: skip
 TEXT = {"calibration.text": "embedded_validation", "evaluation.text": "embedded_validation"}
 OTHER = TEXT | {
@@ -25,7 +25,8 @@ OTHER = TEXT | {
     "method.correction_last": 0.1, "method.residual_last": 0.1, "method.name": "other",
     "method.order": "q_first", "method.moments": "identity", "method.init": "svd",
     "method.init_rank": "auto", "evaluation.tasks": [], "compute.dtype": "float16",
-    "compute.device": "auto", "model.name": "other", "tracker.name": "wandb", "tracker.mode": "disabled",
+    "compute.device": "auto", "compute.backend": "ray", "model.name": "other",
+    "tracker.name": "wandb", "tracker.mode": "disabled",
     "tracker.project": "other", "tracker.entity": "other", "model.revision": "other", "sweep": "other",
 }  # fmt: skip
 LEFT_OUT = {"budget.bits", "model.path", "model.gguf_package", "model.gguf_file", "results", "cache"}  # see below

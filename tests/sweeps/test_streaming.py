@@ -31,7 +31,11 @@ def fitted(source, stored, folder, out, mode: str, spill: Spill | None) -> dict[
     fit = Fit(Method(**FIT), names, torch.device("cpu"))
     with Reporter("test").stage("compress") as progress:
         compress(folder, lambda: stored, inputs, fit, out / "packed", torch.bfloat16, progress)
-    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.glob("*/*")) if f.is_file()}
+    return {
+        str(f.relative_to(out)): f.read_bytes()
+        for f in sorted([*out.glob("moments/*"), *out.glob("packed/*")])
+        if f.is_file()
+    }
 
 
 @pytest.mark.parametrize("mode", ["original", "corrected"])
