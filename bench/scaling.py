@@ -4,10 +4,11 @@ from dataclasses import replace
 from functools import cache
 
 from caldera import Method
-from sweeps import estimate as estimates
-from sweeps.estimate import Estimate, Sizes, estimate
+from sweeps import sizes as bytes_of
+from sweeps.estimate import Estimate, estimate
 from sweeps.machine import Machine
 from sweeps.outline import Outline, outline
+from sweeps.sizes import Sizes
 
 # Published configurations: Touvron et al. 2023 (arXiv 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783, table 3).
 MODELS = {
@@ -94,9 +95,9 @@ def storage() -> str:
     for name in MODELS:
         own, prefix = sizes(name, "E8P rank 64, 15 x 10"), sizes(name, "E8P rank 64, 2 x 5, corrected")
         widest = max(group.width for group in own.all_groups())
-        parts = [estimates.moments_bytes(own), 4.0 * widest**2, own.stream, estimates.hidden_bytes(prefix)]
-        parts += [estimates.factors_bytes(own), estimates.subspaces_bytes(own)]
-        parts += [estimates.stored_bytes(own) + estimates.rest_bytes(own), 2.0 * own.model.parameters]
+        parts = [bytes_of.moments_bytes(own), 4.0 * widest**2, own.stream, bytes_of.hidden_bytes(prefix)]
+        parts += [bytes_of.factors_bytes(own), bytes_of.subspaces_bytes(own)]
+        parts += [bytes_of.stored_bytes(own) + bytes_of.rest_bytes(own), 2.0 * own.model.parameters]
         rows.append([name, *(f"{short(part)}B" for part in parts)])
     columns = ["", "moments", "largest H", "stream", "hidden states, corrected", "factors", "subspaces"]
     return markdown([*columns, "checkpoint", "dense, 16 bits"], rows)

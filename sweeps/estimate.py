@@ -8,12 +8,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from caldera.method import Method
 from sweeps import costs
 from sweeps.costs import Work
 from sweeps.machine import Machine
-from sweeps.outline import Group, Outline
-from sweeps.plan import Point
+from sweeps.sizes import (
+    Sizes,
+    bits,
+    factors_bytes,
+    hidden_bytes,
+    moments_bytes,
+    rest_bytes,
+    stored_bytes,
+    subspaces_bytes,
+)
 
 STAGES = ("baseline", "calibrate", "compress", "load", "perplexity", "tasks")
 # documents, requests a document, mean and largest number of tokens of a request, with SmolLM2's tokenizer
@@ -75,58 +82,11 @@ class Estimate:
         return sum(stage.disk for stage in self.stages.values())
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """All that a prediction depends on: a point's settings without its files."""
-
-    model: Outline
-    names: tuple[str, ...]  # of the matrices that are compressed
-    method: Method | None
-    corrected: bool
-    calibration: tuple[int, int]  # rows, length
-    evaluation: tuple[int, int]
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    batch: int = 8
-    itemsize: int = 2
-    workers: int = 1
-    spill: float = 256 * 2**20
-    keep: bool = True
-
-    @classmethod
-    def of(cls, point: Point, model: Outline) -> "Sizes":
-        c, e, compute = (point.config[key] for key in ("calibration", "evaluation", "compute"))
-        return cls(
-            model, tuple(point.inventory), point.method, point.correction is not None,
-            (c["sequences"], c["length"]), (e["rows"], e["length"]), tuple(e["tasks"]), e["limit"], e["batch_size"],
-            4 if point.dtype == "float32" else 2, point.workers.count if point.method else 1,
-            compute["spill_mb"] * 2**20, point.config["keep_checkpoint"],
-        )  # fmt: skip
-
-    @property
-    def tokens(self) -> int:
-        return self.calibration[0] * self.calibration[1]
-
-    @property
-    def stream(self) -> float:
-        """Bytes of the hidden states of all calibration rows."""
-        return float(self.tokens * self.model.hidden * self.itemsize)
-
-    def shapes(self) -> Iterable[tuple[int, int]]:
-        return (tuple(self.model.matrices[name]) for name in self.names)
-
-    def all_groups(self) -> list[Group]:
-        return self.model.groups(self.model.matrices)
-
-    def fitted_groups(self) -> list[Group]:
-        return self.model.groups(self.names)
-
-
 def estimate(sizes: Sizes, machine: Machine, keys: dict[str, str] | None = None, held: Iterable[str] = ()) -> Estimate:
     """The stages that are left to do. `keys` names what each makes for others to use; `held` says which are there."""
     keys, held, stages = keys or {}, set(held), {}
     if keys.get("done") in held:
-        return Estimate({}, *_bits(sizes))
+        return Estimate({}, *bits(sizes))
     if keys.get("baseline") not in held:
         parts = [_load_original(sizes, machine), _perplexity(sizes, machine), _tasks(sizes, machine)]
         stages["baseline"] = joined(parts)
@@ -136,7 +96,7 @@ def estimate(sizes: Sizes, machine: Machine, keys: dict[str, str] | None = None,
         stages["compress"] = _compress(sizes, machine, keys.get("factors") in held, keys.get("subspaces") in held)
         stages["load"] = _load(sizes, machine)
         stages["perplexity"], stages["tasks"] = _perplexity(sizes, machine), _tasks(sizes, machine)
-    return Estimate(stages, *_bits(sizes), made=frozenset(keys.values()))
+    return Estimate(stages, *bits(sizes), made=frozenset(keys.values()))
 
 
 def joined(stages: list[Stage]) -> Stage:
@@ -152,49 +112,6 @@ def joined(stages: list[Stage]) -> Stage:
 def _stage(name: str, work: Work, machine: Machine, memory: float, disk: float = 0.0, fixed: float = 0.0) -> Stage:
     limits = machine.seconds(work, SLACK[name])
     return Stage(work, limits | ({} if machine.kernel_s else {"start": fixed}), memory, disk)
-
-
-# ------------------------------------------------------------------------------------------------------ bits and bytes
-def stored_bytes(sizes: Sizes) -> int:
-    """Of the packed matrices, exactly."""
-    return sum(sizes.method.spec(shape, name).stored_bytes for name, shape in zip(sizes.names, sizes.shapes()))
-
-
-def rest_bytes(sizes: Sizes) -> float:
-    """Of the checkpoint's tensors that are not packed."""
-    return float((sizes.model.parameters - sum(map(math.prod, sizes.shapes()))) * sizes.itemsize)
-
-
-def moments_bytes(sizes: Sizes) -> float:
-    """Of the second moments in the cache."""
-    return 4.0 * sum(group.width**2 for group in sizes.all_groups())
-
-
-def hidden_bytes(sizes: Sizes) -> float:
-    """Of the hidden states in the cache, which only `corrected` wants."""
-    return sizes.model.blocks * sizes.stream * sizes.corrected
-
-
-def factors_bytes(sizes: Sizes) -> float:
-    """Of the Cholesky factors that points share."""
-    return 0.0 if sizes.corrected else 4.0 * sum(group.width**2 for group in sizes.fitted_groups())
-
-
-def subspaces_bytes(sizes: Sizes) -> float:
-    """Of the leading subspaces that points share."""
-    if sizes.corrected or not sizes.method.rank:
-        return 0.0
-    return 4.0 * sum(costs.dimensions(sizes.method.rank, m, n) * (m + n + 1) for m, n in sizes.shapes())
-
-
-def _bits(sizes: Sizes) -> tuple[float, float, float]:
-    """Stored, model and nominal bits a parameter."""
-    if sizes.method is None:
-        return (8.0 * sizes.itemsize,) * 3
-    parameters, stored = sum(map(math.prod, sizes.shapes())), stored_bytes(sizes)
-    specs = [sizes.method.spec(shape, name) for name, shape in zip(sizes.names, sizes.shapes())]
-    nominal = sum(spec.nominal_bits * spec.parameters for spec in specs) / parameters
-    return 8 * stored / parameters, 8 * (stored + rest_bytes(sizes)) / sizes.model.parameters, nominal
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -249,12 +166,12 @@ def _compress(sizes: Sizes, machine: Machine, factors: bool, subspaces: bool) ->
 def _prefix(sizes: Sizes) -> Work:
     """The original's and the compressed model's rows through every block, side by side, and corrected targets."""
     model, (rows, length) = sizes.model, sizes.calibration
-    passes = 2 * sizes.tokens + 3 * length  # and, on one row, the plan of each block's replay
-    work = costs.forward(model, passes, length, sizes.itemsize) + Work(
-        disk=hidden_bytes(sizes) * len(sizes.all_groups()) / model.blocks
-    )
+    chosen = {model.block_of(name) for name in sizes.names}
+    busy = len(chosen) / model.blocks  # the other blocks are only gone through
+    passes = sizes.tokens * (1 + busy) + 3 * length * busy  # and, on one row, the plan of each block's replay
+    work = costs.forward(model, passes, length, sizes.itemsize) + Work(disk=4 * hidden_bytes(sizes) * busy)
     work += Work(disk=2 * model.blocks * _spilled(sizes, sizes.stream))
-    for g in (g for g in sizes.all_groups() if g.share == 1):
+    for g in (g for g in sizes.all_groups() if g.share == 1 and model.block_of(g.name) in chosen):
         work += costs.corrected_moments(g.width, model.hidden, sizes.tokens, g.writes)
         work += costs.correction(g.width, model.hidden, g.writes) + Work(steps=2 * rows)
         # inputs of a group, of either model, are written, read for its moments and read by the next group's run

@@ -90,15 +90,22 @@ class Machine:
         return found | {"steps": work.steps * slack.get("steps", 0.0)}
 
 
-def _best(work: Callable[[], object], runs: int = 4) -> float:
-    """Seconds of the fastest run, after one that warms up."""
+def _best(work: Callable[[], object], runs: int = 5, clock: Callable[[], float] | None = None) -> float:
+    """Seconds of the fastest run, after one that warms up.
+
+    They are the processors' time over torch's threads: what other programs take of the machine does not count.
+    """
+    import torch
+
+    share = 1 if clock else torch.get_num_threads()
+    clock = clock or time.process_time
     work()
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        times.append(clock() - start)
+    return max(min(times), 1e-6) / share
 
 
 def _measured(dtype: str, folder: Path) -> Machine:
@@ -133,7 +140,7 @@ def _measured(dtype: str, folder: Path) -> Machine:
         model=operations / _best(lambda: low @ low),
         mixed=operations / _best(mixed),
         single=operations / _best(lambda: x @ x),
-        alone=SIDE**3 / 3 / _best(factor),
+        alone=SIDE**3 / 3 / _best(factor, clock=time.thread_time),
         search=search,
         memory=2 * 4 * large.numel() / _best(lambda: large.add_(1.0)),
         disk=_disk(folder),
@@ -155,4 +162,4 @@ def _disk(folder: Path) -> float:
             file.flush()
             flush(Path(file.name))
 
-        return WRITTEN / _best(write, 2)
+        return WRITTEN / _best(write, 3, time.perf_counter)

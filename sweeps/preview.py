@@ -9,12 +9,13 @@ from rich.table import Table
 
 from sweeps import costs
 from sweeps.calibration import is_complete
-from sweeps.estimate import Estimate, Sizes, estimate
+from sweeps.estimate import Estimate, estimate
 from sweeps.machine import Machine
 from sweeps.outline import outline_of
 from sweeps.pipeline import check_texts, finished
 from sweeps.plan import Point
 from sweeps.progress import clock
+from sweeps.sizes import Sizes
 
 PIPE_WIDTH = 200  # columns when the output is no terminal
 COLUMNS = (
