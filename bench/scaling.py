@@ -47,6 +47,7 @@ def sizes(name: str, kind: str) -> Sizes:
     return Sizes(found, tuple(found.matrices), method, calibration=(256, 4096), evaluation=(166, 2048), **rest)
 
 
+@cache
 def predicted(name: str, kind: str) -> Estimate:
     return estimate(sizes(name, kind), Machine.h100())
 

@@ -84,7 +84,8 @@ def outline_of(directory: Path, cache: Path, trust_remote_code: bool = False) ->
         from transformers import AutoConfig
 
         try:
-            found = outline(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code))
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            found = outline(config, trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.path={directory} is no causal language model: {reason}") from error
@@ -110,8 +111,9 @@ def outline(config, trust_remote_code: bool = False) -> Outline:
         outside.pop(id(p), None)
     head, entry = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is entry.weight
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else 0  # none, or other ones in each block: attention is not counted
+    width = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
     return Outline(
