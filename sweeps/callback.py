@@ -34,6 +34,9 @@ class SweepCallback(Callback):
                 problems.append(sentence(error))
         refuse(problems)
         self.points = list({point.key: point for point in points}.values())
+        if any(point.config["plan"] for point in self.points):
+            self._show_plan()
+            return
         try:
             todo = [point for point in self.points if not finished(point, point.name)]
             for point in {p.texts: p for p in todo}.values():
@@ -43,7 +46,18 @@ class SweepCallback(Callback):
         SWEEP.total = len(todo)
         print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
 
+    def _show_plan(self) -> None:
+        from sweeps.preview import show_plan
+
+        try:
+            show_plan(self.points)
+        except CalderaError as error:
+            refuse([sentence(error)])
+        self.points = []  # nothing is run
+
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
+        if not self.points:
+            return
         show(Path(self.points[0].config["results"]))
         failed = [
             name for name, record in ((p.name, _record(p)) for p in self.points) if record.get("status") != "done"

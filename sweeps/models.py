@@ -49,6 +49,28 @@ def checkpoint_dir(source: ModelSource, cache: Path) -> Path:
     return _validated(source, local if local.exists() else _downloaded(source))
 
 
+def described_dir(source: ModelSource, cache: Path) -> Path:
+    """The folder with the source's config.json, with or without weights; nothing is downloaded.
+
+    Raises UserError: it is not on this machine.
+    """
+    if _gguf(source) is not None:
+        return checkpoint_dir(source, cache)
+    local = Path(source.path).expanduser()
+    if (local / "config.json").is_file():
+        return local
+    from huggingface_hub import try_to_load_from_cache
+
+    known = None if local.exists() or source.path.count("/") != 1 else source.path
+    file = known and try_to_load_from_cache(known, "config.json", revision=source.revision)
+    if not isinstance(file, str):
+        raise UserError(
+            f"model {source.name}: plan=true downloads nothing and finds no config.json of {source.path!r}: put it into"
+            " a folder, alone or with the tokenizer, and set model.path to the folder"
+        )
+    return Path(file).parent
+
+
 def load_model(directory: Path, dtype="float32", trust_remote_code: bool = False):
     """The causal LM in `directory`, on the CPU in eval mode; dtype: a torch dtype or its name.
 

@@ -180,11 +180,17 @@ def _evaluate(point: Point, reporter: Reporter, model) -> dict:
 
 
 def check_inputs(point: Point) -> None:
-    """Weights are finite, both texts are long enough and share no document. Raises an error before any long work."""
+    """Weights are finite, and the texts are in order. Raises an error before any long work."""
     from sweeps.models import check_finite
-    from sweeps.texts import check_no_overlap, load_texts
 
     check_finite(point.checkpoint, point.cache)
+    check_texts(point)
+
+
+def check_texts(point: Point) -> None:
+    """Both texts are long enough and share no document. Raises UserError."""
+    from sweeps.texts import check_no_overlap, load_texts
+
     settings = point.config["calibration"]
     _rows(point, "calibration")
     _rows(point, "evaluation")

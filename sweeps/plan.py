@@ -15,7 +15,7 @@ from caldera.matrices import chosen
 from caldera.method import Method
 from caldera.quantizers import HALVES, get_quantizer
 from sweeps.evaluate import check_tasks
-from sweeps.models import ModelSource, checkpoint_dir, fingerprint, tokenizer_digest
+from sweeps.models import ModelSource, checkpoint_dir, described_dir, fingerprint, tokenizer_digest
 from sweeps.parallel import Workers, check_backend, gpu_count, thread_count
 from sweeps.paths import default_cache
 from sweeps.shared import VERSION as SHARED_VERSION
@@ -122,7 +122,7 @@ def resolve(cfg: DictConfig) -> Point:
     check_backend(config["compute"]["backend"])
     method = _method(config)
     source = _source(config["model"])
-    directory = checkpoint_dir(source, cache)
+    directory = (described_dir if config["plan"] else checkpoint_dir)(source, cache)
     shapes = _chosen(inventory(directory, cache, source.trust_remote_code), config["model"])
     if method is not None:
         method = _fitted(method, config, shapes)

@@ -37,12 +37,19 @@ def app(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig, single: bool) -> None:
+    if cfg.plan and not single:
+        return  # the callback has said all
     from sweeps.callback import show
     from sweeps.pipeline import check_inputs, finished, run_point
     from sweeps.plan import resolve
     from sweeps.progress import SWEEP, Reporter
 
     point = resolve(cfg)
+    if point.config["plan"]:
+        from sweeps.preview import show_plan
+
+        show_plan([point])
+        return
     if point.config["compute"]["threads"]:
         import torch
 

@@ -150,6 +150,7 @@ class Config:
     results: str = "results"  # folder of the records
     cache: str | None = None  # folder of what points share; null: $CALDERA_CACHE or the user's cache folder
     seed: int = 0
+    plan: bool = False  # only say what the points would take
     force: bool = False  # compute a point again although its record is there
     keep_checkpoint: bool = True
 

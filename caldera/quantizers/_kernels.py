@@ -23,7 +23,7 @@ NETWORK = (
 )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _sizes(z, bit, n, size, norm, signs):
     """|z - shift| (8, n), its squared norm less its sum, and the signs as eight bits."""
     shift = QUARTER - HALF * np.float32(bit)
@@ -40,7 +40,7 @@ def _sizes(z, bit, n, size, norm, signs):
             signs[lane] |= place if y < F0 else np.int32(0)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _sort(size, n, keys):
     """Keys (8, n) sorted from large to small: the bits of a size, with its coordinate in the lowest three.
 
@@ -57,7 +57,7 @@ def _sort(size, n, keys):
             keys[b, lane] = min(x, y)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _types(keys, n, norm, signs, words, dist, extra):
     """Nearest of the 227 patterns of norm <= 10, which are seven types: up to four 3/2, or one 5/2 and up to one 3/2.
 
@@ -103,7 +103,7 @@ def _types(keys, n, norm, signs, words, dist, extra):
         extra[lane] = odd - t5 + np.float32(6) < best
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _extras(size, norm, sign, word, dist, lane, halves):
     """The 29 patterns with five 3/2 and three 1/2, one by one, against the nearest so far: (word, distance)."""
     total, smallest, parity = F0, INF, 0
@@ -131,7 +131,7 @@ def _extras(size, norm, sign, word, dist, lane, halves):
     return mask | ((sign ^ (wrong << at)) << 12), dist
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _search(z, bit, n, words, dist, scratch, halves):
     """Nearest E8P points of z (8, n) with one shift, exactly: their words and squared distances."""
     size, keys, norm, signs, extra = scratch
@@ -143,7 +143,7 @@ def _search(z, bit, n, words, dist, scratch, halves):
             words[lane], dist[lane] = _extras(size, norm[lane], signs[lane], words[lane], dist[lane], lane, halves)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _emit(words, shift_bits, n, lookup, out, codes):
     """Values (8, n) and 16-bit codes of words."""
     for i in range(8):
@@ -157,7 +157,7 @@ def _emit(words, shift_bits, n, lookup, out, codes):
         codes[lane] = (lookup[w & 4095] << 8) | (((w >> 12) & 127) << 1) | shift_bits[lane]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _e8p(z, n, out, codes, work, lookup, halves):
     """Nearest E8P codewords of z (8, n), exactly."""
     words, dist, bits, scratch = work
@@ -170,7 +170,7 @@ def _e8p(z, n, out, codes, work, lookup, halves):
     _emit(words[0], bits, n, lookup, out, codes)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _e81(x, lane, out):
     """Nearest of 256 E8 points (the 240 roots, 0, and 15 of norm 4) of x (8, lane): fills `out`, returns its code."""
     first, second, a1, a2 = 0, 0, -ONE, -ONE
@@ -207,7 +207,7 @@ def _e81(x, lane, out):
     return 240
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _residual(z, n, kind, residual, out, codes, work, rest, total, low, high, lookup, halves):
     """E8P, then a second codebook on what remains; of the two shifts the one that ends nearer is kept."""
     words, dist, bits, scratch = work
@@ -239,7 +239,7 @@ def _residual(z, n, kind, residual, out, codes, work, rest, total, low, high, lo
                     out[i, lane] = first[i, lane]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _level(x, levels):
     """Index of the nearest of the sorted levels."""
     low, high = 0, levels.shape[0] - 1
@@ -252,7 +252,7 @@ def _level(x, levels):
     return low
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _nearest(z, n, out, codes, book, work, extra):
     """Codes (n,) and values `out` (group, n) of the codewords nearest to z (group, n)."""
     kind, residual, lookup, halves, levels = book
@@ -267,7 +267,7 @@ def _nearest(z, n, out, codes, book, work, extra):
         _residual(z, n, kind, residual, out, codes, work, rest, total, low, high, lookup, halves)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _scratch():
     f, i = np.empty((8, LANES), np.float32), np.empty((8, LANES), np.int32)
     flat = (f, i, np.empty(LANES, np.float32), np.empty(LANES, np.int32), np.empty(LANES, np.bool_))
@@ -290,7 +290,7 @@ def encode(x, book, codes, start, stop):
         _nearest(z, n, out, codes[row : row + n], book, work, extra)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@njit(nogil=True, fastmath={"contract"})
 def _carry(errors, n, rows, target, top):
     """target[c, top:top + n] += rows[:, c] @ errors (g, n) for every c; a group of eight in one sweep over target."""
     if errors.shape[0] == 8:
@@ -314,7 +314,7 @@ def _carry(errors, n, rows, target, top):
                     out[lane] += f * e[lane]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _scales_at(scale, zero, column, top, n, found):
     """Scales, their inverses and zeros of the lanes' rows top..top + n at a column, from arrays (1 | m, 1 | n)."""
     at = column if scale.shape[1] > 1 else 0

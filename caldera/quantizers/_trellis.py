@@ -16,13 +16,13 @@ FAR, BLOCKED = np.float32(trellis.FAR), np.float32(trellis.BLOCKED)
 F0, LARGEST = np.float32(0), np.float32(3e38)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def _edge(rows, part):
     """First row of a sequence."""
     return rows * part // -(-rows // RUN)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_short(rows, bits):
     parts = -(-rows // RUN)
     return -(-rows // parts) * bits < 2 * STATE_BITS
@@ -35,7 +35,7 @@ def _viterbi_of(bits):
     short = groups >> bits
     mask = np.int32(~(many - 1))
 
-    @njit(cache=True, nogil=True, fastmath=True)
+    @njit(nogil=True, fastmath=True)
     def viterbi(x, code, opening, scratch, states):
         """States of the cheapest path through x (T,); the one before x[0] and the last agree on `opening`, if >= 0."""
         cost, best, back = scratch
@@ -66,7 +66,7 @@ def _viterbi_of(bits):
     return viterbi
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _trace_back(length, bits, cost, back, opening, states):
     groups = STATES >> bits
     state, least = np.int64(0), LARGEST
@@ -83,7 +83,7 @@ def _trace_back(length, bits, cost, back, opening, states):
 _viterbi_1, _viterbi_2, _viterbi_3, _viterbi_4 = (_viterbi_of(bits) for bits in (1, 2, 3, 4))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _search(x, bits, code, opening, scratch, states):
     if bits == 1:
         _viterbi_1(x, code, opening, scratch, states)
@@ -95,7 +95,7 @@ def _search(x, bits, code, opening, scratch, states):
         _viterbi_4(x, code, opening, scratch, states)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _scratch(bits):
     groups = STATES >> bits
     back = np.empty((max(RUN, 2 * WARM), groups), np.uint8)
@@ -103,7 +103,7 @@ def _scratch(bits):
     return (np.empty(STATES, np.float32), np.empty(groups, np.int32), back), around
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _encode_run(x, short, book, scratch, codes, values):
     """Codes (T,) and values (T,) of the closed sequence nearest to x (T,), whose outliers it clips."""
     bits, code, levels, step = book
@@ -122,7 +122,7 @@ def _encode_run(x, short, book, scratch, codes, values):
         codes[t], values[t] = states[t] & mask, levels[states[t]]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _encode_short(x, bits, step, codes, values):
     top = np.float32((1 << bits) - 1)
     for t in range(x.shape[0]):
@@ -148,12 +148,12 @@ def encode(z, book, codes, start, stop):
                 codes[top + i, column] = found[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _scale_of(scale, row, column):
     return scale[row if scale.shape[0] > 1 else 0, column if scale.shape[1] > 1 else 0]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(nogil=True, fastmath=True)
 def _carry(errors, row, target, top):
     """target[c, top:top + T] += row[c] errors (T,) for every c."""
     n = errors.shape[0]

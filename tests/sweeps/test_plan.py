@@ -15,7 +15,7 @@ NEUTRAL = {
     "model.name", "model.path", "model.gguf_package", "model.gguf_file", "model.revision", "model.trust_remote_code",
     "calibration.allow_overlap", "tracker.name", "tracker.mode", "tracker.project", "tracker.entity",
     "compute.device", "compute.threads", "compute.spill_mb", "compute.workers", "compute.backend",
-    "sweep", "results", "cache", "force", "keep_checkpoint",
+    "sweep", "results", "cache", "plan", "force", "keep_checkpoint",
 }  # fmt: skip
 TEXT = {"calibration.text": "embedded_validation", "evaluation.text": "embedded_validation"}
 OTHER = TEXT | {
