@@ -22,6 +22,7 @@ def encoder(quick: bool) -> list[Row]:
     x = torch.randn(VECTORS // 64, 64 * 8, generator=generator)
     scales, everything = quantizer.fit(x), torch.get_num_threads()
     rows = []
+    warm_up()
     for threads in dict.fromkeys((1, everything)):
         torch.set_num_threads(threads)
         found = timed(lambda: quantizer.encode(x, scales))

@@ -215,9 +215,14 @@ class _Loop:
         if method.downdate and self.factors is not None:
             basis = downdated(basis, self.factors.right.values, what, self.jitters)
         quantizer, target = get_quantizer(method.q), self.weight - self.product
-        self.q = ldlq(target, basis, quantizer)
+        # whether the scales have to be widened, the first rounding finds out for all
+        factor = 1.0 if self.q is None else self.q.widened
+        scales = None if self.q is None else quantizer.fit(target).times(factor)
+        rounded = ldlq(target, basis, quantizer, scales)
+        factor *= rounded.widened
         if method.tune_passes:
-            self.q = tune(target, basis, quantizer, self.q, method.tune_passes)
+            rounded = tune(target, basis, quantizer, rounded, method.tune_passes)
+        self.q = rounded._replace(widened=factor)
         return target - self.q.values, self.q.loss if basis is self.basis else None
 
     def _judge(self, iteration: int, step: str, rest: Tensor, damped: float | None) -> None:

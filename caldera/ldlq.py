@@ -30,13 +30,14 @@ class Rounded(NamedTuple):
     """Codes (m, n / g), the scales they were fitted with, and the values (m, n) they stand for.
 
     `loss` is tr(E (H + sigma I) E^T) of E = W~ - Q where the rounding gave it away; a tensor inside this module, where
-    it need not be waited for.
+    it need not be waited for. The scales are `widened` times as wide as those fitted to W~.
     """
 
     codes: Tensor
     scales: Scales
     values: Tensor
     loss: float | Tensor | None = None
+    widened: float = 1.0
 
 
 def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | None = None) -> Rounded:
@@ -53,7 +54,7 @@ def ldlq(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales | No
         wider = _read(_walk(weight, basis, quantizer, found.scales.times(WIDER)))
         if not wider.loss < found.loss:
             break
-        found = wider
+        found = wider._replace(widened=found.widened * WIDER)
     return found
 
 
@@ -64,9 +65,9 @@ def _read(rounded: Rounded) -> Rounded:
 def _unit_loss(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> Tensor:
     """tr(D) for each row, in units of its variance: times a codebook's error on a Gaussian, the loss to expect."""
     feedback = basis.feedback(quantizer.group)
-    m, d = weight.shape[0], feedback.blocks.square().sum(-1).reshape(1, -1)  # diagonal of D
+    d = feedback.blocks.square().sum(-1).reshape(1, -1)  # diagonal of D
     variance = (quantizer.columns(scales, d.shape[1]).scale * quantizer.codebook.gaussian_scale).square()
-    return total(variance.expand(m, d.shape[1]) * d)
+    return total(variance * d) * (weight.shape[0] / variance.shape[0])
 
 
 def _walk(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) -> Rounded:
@@ -75,15 +76,14 @@ def _walk(weight: Tensor, basis: Basis, quantizer: Quantizer, scales: Scales) ->
     work = _transposed(weight, group)
     target, values = work.clone(), torch.empty_like(work)
     codes = torch.empty(len(work) // group, m, dtype=torch.int64, device=work.device)
+    lost = torch.zeros(m, dtype=torch.float64, device=work.device)  # of each row
     columns = quantizer.columns(scales, len(work))
     walk = _ldlq_panel_compiled if compiled(quantizer.codebook, work) else _ldlq_panel
     for first, last in _panels(len(work)):
-        walk(quantizer, columns, work, target, feedback.matrix, first, last, values, codes)
+        walk(quantizer, columns, work, target, feedback, first, last, values, codes, lost)
         if first:
             target[:first].addmm_(feedback.matrix[first:last, :first].T, work[first:last] - values[first:last])
-    # E M = target - Q is what was lost when each column was rounded, and E H E^T = (E M) D (E M)^T
-    lost = feedback.blocks.mT @ target.sub_(values).reshape(-1, group, m)
-    loss = total(lost.square_()) - total(values[n:].square())  # columns that were added have moments of 1
+    loss = lost.sum() - total(values[n:].square())  # columns that were added have moments of 1
     return Rounded(codes.T.contiguous(), scales, values[:n].T.contiguous(), loss)
 
 
@@ -127,9 +127,9 @@ def _edges(quantizer: Quantizer, rows: int) -> list[int] | None:
     return quantizer.codebook.edges(rows) if quantizer.codebook.sequential else None
 
 
-def _ldlq_panel_compiled(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
-    arrays = [t.numpy() for t in (work, target, feedback, *columns)]
-    rest = (quantizer.codebook.kernel(), first, last, values.numpy(), codes.numpy())
+def _ldlq_panel_compiled(quantizer, columns, work, target, feedback, first, last, values, codes, lost) -> None:
+    arrays = [t.numpy() for t in (work, target, feedback.matrix, feedback.blocks, *columns)]
+    rest = (quantizer.codebook.kernel(), first, last, values.numpy(), codes.numpy(), lost.numpy())
     rows = work.shape[1]
     over_rows(_loops(quantizer).ldlq_panel, rows, *arrays, *rest, edges=_edges(quantizer, rows))
 
@@ -148,13 +148,16 @@ def _nearest(quantizer, columns: Scales, x: Tensor, at: slice) -> tuple[Tensor, 
     return codes, (quantizer.codebook.decode(codes) * scale + zero).T
 
 
-def _ldlq_panel(quantizer, columns, work, target, feedback, first, last, values, codes) -> None:
+def _ldlq_panel(quantizer, columns, work, target, feedback, first, last, values, codes, lost) -> None:
     """What `_kernels.ldlq_panel` does, on any device: no branch or read depends on the data."""
-    group = quantizer.group
+    group, m = quantizer.group, work.shape[1]
     for column in range(last - group, first - 1, -group):
         at = slice(column, column + group)
         codes[column // group], values[at] = _nearest(quantizer, columns, target[at], at)
-        target[first:column] += feedback[at, first:column].T @ (work[at] - values[at])
+        target[first:column] += feedback.matrix[at, first:column].T @ (work[at] - values[at])
+    # E M = target - Q is what was lost when each column was rounded, and E H E^T = (E M) D (E M)^T
+    gap = (target[first:last] - values[first:last]).reshape(-1, group, m)
+    lost += (feedback.blocks[first // group : last // group].mT @ gap).square().sum((0, 1))
 
 
 def _tune_panel(quantizer, columns, gradient, moments, inverses, first, last, values, codes) -> None:

@@ -116,7 +116,8 @@ def _measured(dtype: str, folder: Path) -> Machine:
     from caldera.moments import products_of
     from caldera.quantizers import get_quantizer
 
-    x = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SIDE, SIDE, generator=generator)
     low, total, operations = x.to(getattr(torch, dtype)), torch.zeros(SIDE, SIDE), 2.0 * SIDE**3
 
     def mixed() -> None:
@@ -128,9 +129,9 @@ def _measured(dtype: str, folder: Path) -> Machine:
             torch.linalg.cholesky_ex(definite)
 
     definite = x @ x.T + SIDE * torch.eye(SIDE)
-    large, search = torch.randn(1 << 24), {}
+    large, search = torch.randn(1 << 24, generator=generator), {}
     for name in (*SEARCHES, OTHERS):
-        quantizer, weights = get_quantizer(name), torch.randn(512, WEIGHTS // 512)
+        quantizer, weights = get_quantizer(name), torch.randn(512, WEIGHTS // 512, generator=generator)
         weights = weights[:, :32] if quantizer.codebook.sequential else weights
         scales = quantizer.fit(weights)
         search[name] = weights.numel() / _best(lambda: quantizer.encode(weights, scales), 2)  # noqa: B023

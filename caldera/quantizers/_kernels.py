@@ -314,6 +314,20 @@ def _carry(errors, n, rows, target, top):
                     out[lane] += f * e[lane]
 
 
+@njit(nogil=True, fastmath={"contract"})
+def _add_loss(gap, n, block, mixed, lost):
+    """lost (n,) += |B^T gap|^2 of each lane of gap (g, n), B (g, g) lower triangular."""
+    for j in range(gap.shape[0]):
+        for lane in range(n):
+            mixed[lane] = F0
+        for i in range(j, gap.shape[0]):
+            b = block[i, j]
+            for lane in range(n):
+                mixed[lane] += b * gap[i, lane]
+        for lane in range(n):
+            lost[lane] += mixed[lane] * mixed[lane]
+
+
 @njit(nogil=True)
 def _scales_at(scale, zero, column, top, n, found):
     """Scales, their inverses and zeros of the lanes' rows top..top + n at a column, from arrays (1 | m, 1 | n)."""
@@ -325,13 +339,15 @@ def _scales_at(scale, zero, column, top, n, found):
 
 
 @njit(cache=True, nogil=True)
-def ldlq_panel(weight, target, feedback, scale, zero, book, first, last, values, codes, start, stop):
+def ldlq_panel(weight, target, feedback, blocks, scale, zero, book, first, last, values, codes, lost, start, stop):
     """LDLQ over the columns first..last of the rows start..stop; feedback from later columns is in `target` already.
 
     All but scales and feedback are transposed, (columns, rows): a lane is a row, and neighbours lie side by side.
+    `lost` (m,) float64 gathers each row's loss, |(target - values) B|^2 of every group, with its block B of `blocks`.
     """
     group = weight.shape[0] // codes.shape[0]
     work, extra = _scratch()
+    gap, mixed = np.empty((group, LANES), np.float32), np.empty(LANES, np.float32)
     z, out = np.empty((group, LANES), np.float32), np.empty((group, LANES), np.float32)
     found, scales = np.empty(LANES, np.int64), np.empty((3, LANES), np.float32)
     for top in range(start, stop, LANES):
@@ -346,9 +362,12 @@ def ldlq_panel(weight, target, feedback, scale, zero, book, first, last, values,
             codes[column // group, top : top + n] = found[:n]
             for i in range(group):
                 value, exact = values[column + i, top : top + n], weight[column + i, top : top + n]
+                wanted = target[column + i, top : top + n]
                 for lane in range(n):
                     value[lane] = out[i, lane] * scales[0, lane] + scales[2, lane]
                     z[i, lane] = exact[lane] - value[lane]
+                    gap[i, lane] = wanted[lane] - value[lane]
+            _add_loss(gap, n, blocks[column // group], mixed, lost[top : top + n])
             _carry(z, n, feedback[column : column + group, first:column], target[first:column], top)
 
 

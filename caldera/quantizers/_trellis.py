@@ -164,10 +164,11 @@ def _carry(errors, row, target, top):
 
 
 @njit(cache=True, nogil=True)
-def ldlq_panel(weight, target, feedback, scale, zero, book, first, last, values, codes, start, stop):
+def ldlq_panel(weight, target, feedback, blocks, scale, zero, book, first, last, values, codes, lost, start, stop):
     """LDLQ over the columns first..last of the rows start..stop; feedback from later columns is in `target` already.
 
-    All but scales and feedback are transposed, (columns, rows): a sequence lies side by side.
+    All but scales and feedback are transposed, (columns, rows): a sequence lies side by side. `lost` (m,) float64
+    gathers each row's loss, the squares of (target - values) B, with a column's B of `blocks` (n, 1, 1).
     """
     scratch, m = _scratch(book[0]), weight.shape[1]
     x, found, out = np.empty(RUN, np.float32), np.empty(RUN, np.int64), np.empty(RUN, np.float32)
@@ -185,6 +186,7 @@ def ldlq_panel(weight, target, feedback, scale, zero, book, first, last, values,
                 row = top + i
                 codes[column, row] = found[i]
                 values[column, row] = out[i] * _scale_of(scale, row, column) + _scale_of(zero, row, column)
+                lost[row] += ((target[column, row] - values[column, row]) * blocks[column, 0, 0]) ** 2
                 out[i] = weight[column, row] - values[column, row]
             _carry(out[:n], feedback[column, first:column], target[first:column], top)
 
