@@ -83,7 +83,7 @@ class Target:
     def finish(self, index: int, found: dict[str, tuple[Decomposition, dict]], facts: dict) -> None:
         """Commit the shard of a block, then the note."""
         write_matrices(self.directory, block_file(index), [d.packed for d, _ in found.values()])
-        summaries = [summary(d) | facts for d, facts in found.values()]
+        summaries = [summary(d) | of_matrix for d, of_matrix in found.values()]
         shard = {"sha256": sha256(self.directory / block_file(index))}
         write_json(self._file(index), shard | facts | {"matrices": summaries})
 

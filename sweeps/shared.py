@@ -78,7 +78,7 @@ class SharedBlock:
         problem = Problem.of(weight, basis, name)
         if rank == 0:
             return problem
-        file = self._file(f"subspaces-{problem.dimensions(rank)}" if self.folder else "subspaces")
+        file = self._file(f"subspaces-{problem.dimensions(rank)}")
         stored = file.entries.get(name)
         if stored:
             problem.give(Subspace(*(stored[key].to(weight.device) for key in "usv")))
