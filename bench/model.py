@@ -9,7 +9,7 @@ from bench.pipeline import E8P, Finished, caldera_run, checkpoint, fresh_cache, 
 from bench.rows import Row
 from bench.timing import Timing, timed
 from sweeps.models import load_model, load_tokenizer
-from sweeps.plan import placement
+from sweeps.settings import placement
 from sweeps.texts import load_texts, token_rows
 
 KINDS = ("original", "corrected")

@@ -12,7 +12,8 @@ from analysis.records import RecordError
 from caldera.errors import CalderaError
 from sweeps.grid import expand
 from sweeps.pipeline import check_inputs, finished
-from sweeps.plan import Point, resolve
+from sweeps.plan import resolve
+from sweeps.point import Point
 from sweeps.progress import SWEEP
 from sweeps.store import read_json
 from sweeps.wording import refuse, sentence

@@ -11,7 +11,7 @@ from filelock import FileLock
 from caldera.errors import CalderaError
 from caldera.files import write_json
 from sweeps import record as records
-from sweeps.plan import Point, axes, uncompressed_axes
+from sweeps.point import Point, axes, uncompressed_axes
 from sweeps.progress import Reporter, log_file, logger
 from sweeps.store import read_json
 from sweeps.trackers import track

@@ -13,7 +13,7 @@ from sweeps.estimate import Estimate, estimate
 from sweeps.machine import Machine
 from sweeps.outline import outline_of
 from sweeps.pipeline import check_texts, finished
-from sweeps.plan import Point
+from sweeps.point import Point
 from sweeps.progress import clock
 from sweeps.sizes import Sizes
 

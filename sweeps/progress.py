@@ -22,6 +22,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def warn(text: str) -> None:
+    """One line on stderr and in the point's log."""
+    print(f"  warning: {text}", file=sys.stderr, flush=True)
+    logger.warning(text)
+
+
 @dataclass
 class Sweep:
     """How far the sweep of this process is; an estimate of the rest from the points that took work."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from caldera.method import Method
 from sweeps import costs
 from sweeps.outline import Group, Outline
-from sweeps.plan import Point
+from sweeps.point import Point
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,22 @@
-"""Names of things on disk: the hash of exactly what a stage depends on, and JSON that is read back."""
+"""What is kept on disk: named by the hash of exactly what it depends on, and with a checksum of its own.
 
+A sealed file is JSON with a checksum in it. A noted file is any other file with a sealed note beside it, written after
+it, that has its checksum. What is damaged is named, and counts as not there: whoever needs it makes it again.
+"""
+
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from caldera.errors import UserError
+from caldera.files import sha256, write_json
+from sweeps.progress import warn
+
+CHECKSUM = "checksum"
 
 
 def digest(data: object) -> str:
@@ -20,6 +32,74 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read as JSON ({error}): delete it and run again") from error
 
 
+# --------------------------------------------------------------------------------------------------------- sealed files
+def write_sealed(path: Path, data: dict) -> None:
+    """Commit a JSON object with a checksum of it."""
+    write_json(path, data | {CHECKSUM: digest(data)})
+
+
+def read_sealed(path: Path) -> dict | None:
+    """The object in a sealed file without its checksum; None, and a warning, if it is damaged; None if it is not there.
+
+    A file without a checksum, as earlier versions wrote them, is taken as it is.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+        expected = data.pop(CHECKSUM, None)
+        if expected in (None, digest(data)):
+            return data
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError):  # no JSON, or no object
+        pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): see to the disk or its permissions") from error
+    warn(f"{path} is damaged: it is made again")
+    return None
+
+
+def once(path: Path, make: Callable[[], dict]) -> tuple[dict, bool]:
+    """The object in a sealed file, and whether it was there; if not, one process makes it and others wait for it."""
+    if (found := read_sealed(path)) is not None:
+        return found, True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if (found := read_sealed(path)) is not None:
+            return found, True
+        found = make()
+        write_sealed(path, found)
+    return found, False
+
+
+# ---------------------------------------------------------------------------------------------------------- noted files
+def note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def write_note(path: Path, facts: dict, note: Path | None = None) -> None:
+    """Commit a note about a file that was just written; it lies beside the file unless `note` says where."""
+    write_sealed(note or note_of(path), {"sha256": sha256(path), "facts": facts})
+
+
+def noted(path: Path, note: Path | None = None) -> dict | None:
+    """The facts about a file that is as its note says; None, and a warning if it is damaged, otherwise."""
+    found = read_sealed(note or note_of(path))
+    if found is None or not path.is_file():
+        return None
+    stat = path.stat()
+    if _sum(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != found["sha256"]:
+        warn(f"{path} is damaged: it is made again")
+        return None
+    return found["facts"]
+
+
+@functools.lru_cache(maxsize=4096)
+def _sum(path: Path, _size: int, _mtime: int, _inode: int) -> str:
+    """Checksum of a file, computed once a process for as long as the file is the same."""
+    return sha256(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
 def require_writable(folder: Path, field: str) -> None:
     """Create `folder` and try a file in it. Raises UserError naming the config field when that fails."""
     try:

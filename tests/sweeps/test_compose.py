@@ -18,8 +18,9 @@ from caldera.errors import UserError
 from caldera.quantizers import quantizer_names
 from sweeps.grid import expand
 from sweeps.models import ModelSource
-from sweeps.plan import quantizer_name, resolve
+from sweeps.plan import resolve
 from sweeps.schema import Config, QuantizerConfig
+from sweeps.settings import quantizer_name
 from sweeps.wording import sentence
 from tests.caldera.oracles import error_by_definition, gaussian, second_moments
 

@@ -32,8 +32,8 @@ from sweeps.evaluate import _row_losses
 from sweeps.fitting import Fit, MatrixJob, fit_block, fit_matrix
 from sweeps.inputs import CorrectedPrefix
 from sweeps.parallel import Workers
-from sweeps.plan import _method
 from sweeps.progress import Reporter
+from sweeps.settings import method_of
 from sweeps.shared import SharedBlock
 from tests.caldera.tiny_models import HEADS, SIZES, TOKENS, llama, token_rows
 from tests.caldera.watching import DEVICE, Watch, empty, reads
@@ -178,7 +178,7 @@ def test_every_method_stays_on_the_device(name, composed, fake):
     config = OmegaConf.to_container(composed(f"method={name}", "rank.k=4", *few))
     config["method"]["tune_passes"] = min(config["method"]["tune_passes"], 1)
     config["rank"]["k"] = 4 if config["l"]["family"] != "none" and name not in ("gptq", "rtn", "q_only") else 0
-    method = _method(config)
+    method = method_of(config)
     if "trellis" in method.q:  # slow without data, and tested by itself
         method = replace(method, q="e8p_2bit")
     with Watch() as watch:

@@ -7,7 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from caldera.packed import MatrixSpec
-from sweeps.plan import axes, resolve, uncompressed_axes
+from sweeps.plan import resolve
+from sweeps.point import axes, uncompressed_axes
 from sweeps.schema import Config
 
 # Settings that change where, how fast or under what name a result is had, but not the result.

@@ -1,0 +1,45 @@
+"""Which matrices a model has, and which of them are compressed."""
+
+import functools
+import json
+from pathlib import Path
+
+from caldera.errors import UserError
+from caldera.files import write_json
+from caldera.matrices import chosen
+from sweeps.models import fingerprint
+
+
+@functools.cache
+def inventory(directory: Path, cache: Path, trust_remote_code: bool = False) -> dict[str, list[int]]:
+    """Shape (m, n) of every matrix that is compressed, by name; found once, on a model without data."""
+    file = cache / "inventories" / f"{fingerprint(directory, cache)}.json"
+    if not file.is_file():
+        write_json(file, _shapes(directory, trust_remote_code))
+    return json.loads(file.read_text())
+
+
+def _shapes(directory: Path, trust_remote_code: bool) -> dict[str, list[int]]:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from caldera.blocks import named_matrices
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={directory} is no causal language model: {str(error).splitlines()[0]}") from error
+    return {name: list(matrix.shape) for name, matrix in named_matrices(model).items()}
+
+
+def chosen_of(shapes: dict[str, list[int]], model: dict) -> dict[str, list[int]]:
+    """The matrices that the patterns choose. Raises UserError when there is none."""
+    found = {name: shape for name, shape in shapes.items() if chosen(name, model["include"], model["exclude"])}
+    if not found:
+        raise UserError(
+            f"model.include={model['include']} and model.exclude={model['exclude']} choose no matrix: a full name is,"
+            f" for example, {next(iter(shapes))}"
+        )
+    return found

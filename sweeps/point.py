@@ -1,0 +1,126 @@
+"""A run, ready to go: what was asked for and what it depends on, by hashes of exactly that."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from caldera.correction import Correction
+from caldera.method import Method
+from caldera.quantizers import get_quantizer
+from sweeps.parallel import Workers, gpu_count, thread_count
+from sweeps.paths import default_cache
+from sweeps.shared import VERSION as SHARED_VERSION
+from sweeps.store import digest
+from sweeps.texts import text_digest
+
+WORTHWHILE = 20_000_000  # weights to compress for which it pays to start processes
+FIT_VERSION = 3  # counts up when the same settings give another checkpoint
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run, ready to go. Keys are hashes of exactly what a stage depends on."""
+
+    config: dict
+    method: Method | None  # None: the point is the uncompressed model
+    correction: Correction | None  # None: the original model's inputs
+    checkpoint: Path  # the uncompressed model
+    tokenizer: str  # digest
+    dtype: str
+    device: str
+    moments_key: str
+    evaluation_key: str
+    model_key: str  # fingerprint of the uncompressed model
+    inventory: dict[str, list[int]]  # shape (m, n) of every matrix that is compressed
+
+    @property
+    def key(self) -> str:
+        if self.method is None:
+            return self.baseline_key
+        fit = asdict(self.method) | ({} if self.method.rank else {"l": None, "r": None})
+        corrected = self.correction and asdict(self.correction)
+        names = sorted(self.inventory)
+        stored = [FIT_VERSION, self.moments_key, fit, corrected, names, self.config["method"]["name"], self.dtype]
+        return digest([stored, self.evaluation_key])
+
+    @property
+    def shared_key(self) -> str:
+        """What factorised moments and leading subspaces depend on."""
+        return digest([SHARED_VERSION, self.moments_key, self.method.basis_options])
+
+    @property
+    def workers(self) -> Workers:
+        """Who compresses. Behind a compressed prefix one process with all threads is as quick as several."""
+        settings, gpus = self.config["compute"], gpu_count() if self.device == "cuda" else 0
+        cores = settings["threads"] or thread_count()
+        small = sum(m * n for m, n in self.inventory.values()) < WORTHWHILE
+        pays = 1 if self.correction or small else max(gpus, 1) if self.device != "cpu" else cores
+        count = settings["workers"] or pays
+        devices = tuple(f"cuda:{i}" for i in range(gpus)) or (self.device,)
+        return Workers(count, max(1, cores // count), settings["backend"], devices if count > 1 else (self.device,))
+
+    @property
+    def texts(self) -> str:
+        """What the inputs of calibration and evaluation depend on."""
+        return digest([self.model_key, self.moments_key, self.evaluation_key])
+
+    @property
+    def baseline_key(self) -> str:
+        return digest([self.model_key, self.evaluation_key])
+
+    @property
+    def name(self) -> str:
+        """Readable, and unique by the key."""
+        if self.method is None:
+            return self.baseline_name
+        m = self.method
+        factors = [f"l_{m.l}", f"r_{m.r}"] if m.rank else []
+        parts = [self.config["model"]["name"], self.config["method"]["name"], f"r{m.rank}", m.q, *factors]
+        return "-".join([*parts, self.key[:8]])
+
+    @property
+    def baseline_name(self) -> str:
+        return f"{self.config['model']['name']}-uncompressed-{self.baseline_key[:8]}"
+
+    @property
+    def cache(self) -> Path:
+        return cache_of(self.config)
+
+    def folder(self, name: str) -> Path:
+        """Where the record of the point `name` lies."""
+        return Path(self.config["results"]) / "points" / name
+
+
+def cache_of(config: dict) -> Path:
+    return Path(config["cache"]).expanduser() if config["cache"] else default_cache()
+
+
+def moments_key(config: dict, model_key: str, dtype: str) -> str:
+    c = config["calibration"]
+    return digest([3, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
+
+
+def evaluation_key(config: dict, dtype: str) -> str:
+    e = config["evaluation"]
+    return digest(
+        [1, text_digest(e["text"]), *(e[k] for k in ("rows", "length", "tasks", "limit", "batch_size")), dtype]
+    )
+
+
+def axes(point: Point) -> dict:
+    """What distinguishes the point, flat: the columns that people plot against."""
+    if point.method is None:
+        return uncompressed_axes(point)
+    m, config = point.method, point.config
+    parts = {"q": m.q, "l": m.l if m.rank else "none", "r": m.r if m.rank else "none"}
+    quantizers = {part: None if name == "none" else name for part, name in parts.items()}
+    bits = {f"{part}_bits": name and get_quantizer(name).bits for part, name in quantizers.items()}
+    names = {"model": config["model"]["name"], "method": config["method"]["name"], "rank": m.rank}
+    names |= {"inputs": "corrected" if point.correction else "original"}
+    text = {"calibration_tokens": config["calibration"]["sequences"] * config["calibration"]["length"]}
+    return names | quantizers | bits | text | {"budget_bits": config["budget"]["bits"], "seed": m.seed}
+
+
+def uncompressed_axes(point: Point) -> dict:
+    """The axes of the uncompressed model, to which most do not apply."""
+    nothing = dict.fromkeys(("inputs", "q", "l", "r", "rank", "q_bits", "l_bits", "r_bits", "budget_bits"))
+    return {"model": point.config["model"]["name"], "method": "none", "seed": point.config["seed"]} | nothing
