@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REQUIRED = ("name", "status", "point", "bits", "metrics")
 MATRIX_FIELDS = ("rank", "q", "l", "r", "nominal_bits", "stored_bits", "stored_bytes")
 ERRORS = ("relative_error", "predicted_error", "output_error")

@@ -48,7 +48,7 @@ class Finished:
 
 def caldera_run(folder: Path, *overrides: str) -> Finished:
     """`caldera-run OVERRIDES` with everything that it writes below `folder`. Raises RuntimeError with what it said."""
-    kept = [f"results={folder / 'results'}", f"cache={folder / 'cache'}", "tracker=none", "keep_checkpoint=false"]
+    kept = [f"results={folder / 'results'}", f"cache={folder / 'cache'}", "tracker=none", "checkpoint.keep=none"]
     command = [sys.executable, "-m", "sweeps.run", *overrides, *kept]
     root = Path(__file__).parents[1]
     done = once(lambda: subprocess.run(command, cwd=root, capture_output=True, text=True))

@@ -120,6 +120,12 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def release_devices() -> None:
+    """Give freed memory of GPUs back to them, for other processes."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="caldera")

@@ -1,8 +1,10 @@
 """Files that are either whole or not there: written under another name, flushed to disk, then renamed."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,10 @@ from pathlib import Path
 def committed(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which becomes `path` when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.part"):
+        if not is_running(int(left.name.split(".")[-2])):  # its process was killed while it wrote
+            left.unlink(missing_ok=True)
     try:
         yield part
         flush(part)
@@ -20,6 +25,17 @@ def committed(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # there is one, of another user
+        return True
+    return True
 
 
 def write_json(path: Path, data: object) -> None:

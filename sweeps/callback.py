@@ -15,7 +15,7 @@ from sweeps.pipeline import check_inputs, finished
 from sweeps.plan import resolve
 from sweeps.point import Point
 from sweeps.progress import SWEEP
-from sweeps.store import read_json
+from sweeps.store import read_sealed
 from sweeps.wording import refuse, sentence
 
 
@@ -39,7 +39,7 @@ class SweepCallback(Callback):
             self._show_plan()
             return
         try:
-            todo = [point for point in self.points if not finished(point, point.name)]
+            todo = [point for point in self.points if not finished(point)]
             for point in {p.texts: p for p in todo}.values():
                 check_inputs(point)
         except CalderaError as error:
@@ -70,8 +70,7 @@ class SweepCallback(Callback):
 
 
 def _record(point: Point) -> dict:
-    file = point.folder(point.name) / "record.json"
-    return read_json(file) if file.is_file() else {}
+    return read_sealed(point.folder / "record.json") or {}
 
 
 def show(results: Path) -> None:

@@ -13,18 +13,27 @@ import torch
 
 from caldera import Decomposition
 from caldera.blocks import covered, named_matrices
-from caldera.checkpoint import block_file, read_matrices, write_manifest, write_matrices, write_rest
+from caldera.checkpoint import (
+    MANIFEST,
+    block_file,
+    read_manifest,
+    read_matrices,
+    write_manifest,
+    write_matrices,
+    write_rest,
+)
 from caldera.devices import full_precision, release
-from caldera.files import sha256, write_json
+from caldera.errors import CheckpointError
+from caldera.files import committed
 from caldera.matrices import matrices
 from caldera.streamed import Source
 from sweeps.fitting import Fit, Inputs, fit_block
 from sweeps.inputs import Original
 from sweeps.parallel import Workers
-from sweeps.progress import Stage
+from sweeps.progress import Stage, warn
 from sweeps.record import peak_rss
 from sweeps.shared import Shared
-from sweeps.store import read_json
+from sweeps.store import noted, read_sealed, write_note, write_sealed
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer, as the source has them
 ALONE, UNSHARED = Workers(), Shared()
@@ -46,16 +55,19 @@ class Compressed:
 
 
 def notes_of(checkpoint: Path) -> Path:
-    """Where the notes about a checkpoint's finished blocks lie, until its point is done."""
+    """Where the notes about a checkpoint's finished blocks lie."""
     return checkpoint.with_name(f"{checkpoint.name}-blocks")
 
 
 @dataclass(frozen=True)
-class Target:
-    """The folder of a checkpoint, and of the notes about its finished blocks."""
+class CheckpointFolder:
+    """The folder of a checkpoint, and of the notes about its finished blocks.
+
+    `key` stands for all that the checkpoint depends on; with none, nothing that is there is taken for finished.
+    """
 
     directory: Path
-    key: str
+    key: str = ""
 
     @property
     def notes(self) -> Path:
@@ -64,31 +76,47 @@ class Target:
     def open(self, source: Path) -> None:
         """Begin, or go on with what was begun under the same key."""
         mark = self.notes / "key.json"
-        if not (self.key and mark.is_file() and read_json(mark) == {"key": self.key}):
-            for folder in (self.notes, self.directory):
-                shutil.rmtree(folder, ignore_errors=True)
+        if not self.key or read_sealed(mark) != {"key": self.key}:
+            drop(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         for file in (f for pattern in COPIED for f in source.glob(pattern) if ".safetensors." not in f.name):
-            shutil.copyfile(file, self.directory / file.name)
-        write_json(mark, {"key": self.key})
+            with committed(self.directory / file.name) as part:
+                shutil.copyfile(file, part)
+        write_sealed(mark, {"key": self.key})
+
+    def finished(self) -> Compressed | None:
+        """What was noted about a checkpoint that is finished under this key, and unchanged since."""
+        if not self.key or read_sealed(self.notes / "key.json") != {"key": self.key}:
+            return None
+        if not (self.directory / MANIFEST).is_file():
+            return None
+        try:
+            shards = [name for name in read_manifest(self.directory)["files"] if name.startswith("model-block-")]
+        except CheckpointError as error:
+            warn(f"{error}; it is made again")
+            return None
+        notes = [self.note(i) for i in range(len(shards))]
+        return None if None in notes else collected(notes, notes)
 
     def note(self, index: int) -> dict | None:
         """What was noted about a finished block whose shard is as it was written."""
-        file, shard = self._file(index), self.directory / block_file(index)
-        if not (file.is_file() and shard.is_file()):
-            return None
-        note = read_json(file)
-        return note if note["sha256"] == sha256(shard) else None
+        return noted(self.directory / block_file(index), self._file(index))
 
     def finish(self, index: int, found: dict[str, tuple[Decomposition, dict]], facts: dict) -> None:
         """Commit the shard of a block, then the note."""
         write_matrices(self.directory, block_file(index), [d.packed for d, _ in found.values()])
         summaries = [summary(d) | of_matrix for d, of_matrix in found.values()]
-        shard = {"sha256": sha256(self.directory / block_file(index))}
-        write_json(self._file(index), shard | facts | {"matrices": summaries})
+        write_note(self.directory / block_file(index), facts | {"matrices": summaries}, self._file(index))
 
     def _file(self, index: int) -> Path:
         return self.notes / f"{index:05d}.json"
+
+
+def drop(checkpoint: Path) -> None:
+    """Delete a checkpoint and the notes that would let it be finished; the notes' key first: it says what is there."""
+    for folder in (notes_of(checkpoint), checkpoint):
+        (folder / "key.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +127,7 @@ class BlockTask:
     inputs: Inputs
     fit: Fit
     shared: Shared
-    target: Target
+    target: CheckpointFolder
     workers: Workers = ALONE
 
     @full_precision()  # here for other processes
@@ -107,12 +135,11 @@ class BlockTask:
         model, fit = self.opened(), self.fit.on(device)
         name = f"{model.name}.{index}"
         layers = {f"{name}.{own}": m for own, m in matrices(model.block(index)).items() if f"{name}.{own}" in fit.names}
-        with self.shared.block(index) as known:
-            if layers:
-                found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
-            else:
-                found = {}
-                self.inputs.skip(index, [])
+        known, found = self.shared.block(index), {}
+        if layers:
+            found = fit_block(layers, name, self.inputs, index, fit, known, self.workers)
+        else:
+            self.inputs.skip(index, [])
         facts = {"reused": known.reused, "made": known.made, "peak_rss_bytes": peak_rss()}
         self.target.finish(index, found, facts)
         del layers, known, found
@@ -126,7 +153,7 @@ def compress(
     opened: Callable[[], Source],
     inputs: Inputs,
     fit: Fit,
-    target: Path,
+    target: CheckpointFolder,
     dtype: torch.dtype,
     progress: Stage,
     workers: Workers = ALONE,
@@ -135,23 +162,23 @@ def compress(
     """Write the packed checkpoint of the model that `opened()` reads from the folder `source` to `target`.
 
     What is not compressed is stored as `dtype`. With the original model's inputs blocks are shared out to the workers,
-    behind a compressed prefix the matrices of a block are. Blocks that were finished under the key of `fit` stay.
+    behind a compressed prefix the matrices of a block are. Blocks that were finished under the target's key stay.
     """
-    model, place = opened(), Target(target, fit.key)
-    place.open(source)
-    task, before = BlockTask(opened, inputs, fit, shared, place), [place.note(i) for i in range(model.count)]
+    model = opened()
+    target.open(source)
+    task, before = BlockTask(opened, inputs, fit, shared, target), [target.note(i) for i in range(model.count)]
     if isinstance(inputs, Original):
         _in_any_order(task, before, workers, progress)
     else:
         _in_order(task, before, workers, progress)
-    found = _collected(place, before)
+    found = collected([target.note(i) for i in range(model.count)], before)
     _name_few_tokens(found.matrices, progress)
     names = {full for full in named_matrices(model.model) if full in fit.names}
     if left := sorted(names - {s["name"] for s in found.matrices}):
         progress.reporter.say(f"  warning: not compressed, as no calibration token reaches them: {', '.join(left)}")
     held = covered(model.model, {s["name"] for s in found.matrices})
-    write_rest(target, model.state(), held, dtype, model.read)
-    write_manifest(target, {"method": vars(fit.method)})
+    write_rest(target.directory, model.state(), held, dtype, model.read)
+    write_manifest(target.directory, {"method": vars(fit.method)})
     return found
 
 
@@ -162,21 +189,20 @@ def _in_any_order(task: BlockTask, before: list[dict | None], workers: Workers, 
 
 
 def _in_order(task: BlockTask, before: list[dict | None], workers: Workers, progress: Stage) -> None:
-    task = replace(task, workers=workers)
-    for index, note in enumerate(before):
-        if note is None:
+    task, todo = replace(task, workers=workers), [index for index, note in enumerate(before) if note is None]
+    for index in range(max(todo, default=-1) + 1):
+        if index in todo:
             task(index, task.fit.device)
         else:
             task.inputs.skip(index, read_matrices(task.target.directory, block_file(index)))
         progress(index + 1, len(before))
 
 
-def _collected(target: Target, before: list[dict | None]) -> Compressed:
+def collected(notes: list[dict], before: list[dict | None]) -> Compressed:
     """What all blocks noted; `before` has the notes of those that were finished in an earlier run."""
     found = Compressed()
-    for index, note in enumerate(before):
-        (found.made if note is None else found.reused)["blocks"] += 1
-        note = target.note(index) if note is None else note
+    for note, earlier in zip(notes, before, strict=True):
+        (found.made if earlier is None else found.reused)["blocks"] += 1
         found.matrices += note["matrices"]
         found.reused.update(note["reused"])
         found.made.update(note["made"])

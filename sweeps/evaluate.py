@@ -1,289 +1,158 @@
-"""Scores of a model in memory: perplexity on rows of tokens, and accuracy on lm-eval's tasks.
+"""What a model is scored on, in parts that are measured, and kept, one by one.
 
 A metric is a plain dict: value, stderr, higher_is_better, measured_on (all that must agree before two values may be
 compared) and samples (one number a row or document, in order, for paired comparisons). Missing is None.
 """
 
-import contextlib
-import difflib
 import functools
 import importlib.metadata
-import importlib.resources
-import logging
-import math
-import statistics
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 from caldera.errors import CalderaError, UserError
-from sweeps.texts import embedded_data
+from sweeps.progress import Reporter, warn
+from sweeps.store import digest, once
+from sweeps.texts import text_digest
 
-CHUNK = 128  # positions whose logits are float32 at a time: 25 MB for a vocabulary of 49,152
-FEWSHOT_SEED = 1234  # lm-eval's own
-TOKENS: WeakKeyDictionary = WeakKeyDictionary()  # of each tokenizer: what was tokenized for the tasks so far
-BOOTSTRAP = 1000  # draws for the few metrics that are no mean over documents; zero would switch off every stderr
-
-Progress = Callable[[int, int], None]  # (done, total)
+VERSION = 2  # counts up when the same settings give other scores
 
 
-# ----------------------------------------------------------------------------------------------------------- perplexity
-def perplexity(
-    model, rows, *, text: str, tokenizer_digest: str, progress: Progress | None = None, batch: int = 1
-) -> dict:
-    """exp of the mean cross-entropy (nats) of positions 1..L-1 of every row; rows: int64 (rows, L).
+@dataclass(frozen=True)
+class Part:
+    """A text or a task; the stage in which it is measured, and what its scores depend on beside the model."""
 
-    No BOS is added and rows do not overlap. The error is the delta method's over rows, None for a single one.
-    Raises UserError: no row, or rows of one token; CalderaError: the model's cross-entropy is not finite.
-    """
-    import torch
+    stage: str
+    name: str
+    depends_on: tuple
 
-    if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] < 2 or batch < 1:
-        given = f"rows are {tuple(rows.shape)}, batch is {batch}"
-        raise UserError(f"perplexity: {given}: give rows of two tokens or more and a batch of one or more")
-    losses: list[float] = []
-    with torch.no_grad():
-        for part in rows.split(batch):
-            part = part.to(model.device)
-            losses += _row_losses(model(input_ids=part, use_cache=False).logits, part)
-            if progress:
-                progress(len(losses), len(rows))
-    mean = statistics.fmean(losses)
-    if not mean < 700:  # NaN too; exp of more overflows
-        raise CalderaError(f"perplexity on {text}: mean cross-entropy is {mean}: the model's logits are broken")
-    length, dtype = rows.shape[1], str(model.dtype).removeprefix("torch.")
-    return {
-        "value": math.exp(mean),
-        "stderr": math.exp(mean) * _stderr(losses) if len(losses) > 1 else None,
-        "higher_is_better": False,
-        "measured_on": {
-            "text": text, "rows": len(rows), "length": length, "stride": length, "bos": False,
-            "tokens": len(rows) * (length - 1), "dtype": dtype, "tokenizer": tokenizer_digest,
-        },
-        "samples": losses,
-    }  # fmt: skip
+    def file(self, cache: Path, model: str) -> Path:
+        """Where the scores of the model of that key are kept."""
+        return cache / "evaluations" / f"{digest([VERSION, self.stage, self.name, self.depends_on, model])[:24]}.json"
 
 
-def _row_losses(logits, rows) -> list[float]:
-    """Mean cross-entropy of each row: logits (batch, L, vocabulary), rows (batch, L); float32, a chunk at a time."""
-    import torch.nn.functional as F
-
-    from caldera.devices import read_all
-
-    losses = []
-    for row_logits, row in zip(logits, rows, strict=True):
-        chunks = zip(row_logits[:-1].split(CHUNK), row[1:].split(CHUNK), strict=True)
-        sums = [F.cross_entropy(some.float(), targets, reduction="sum") for some, targets in chunks]
-        losses.append(sum(read_all(*sums)) / (len(row) - 1))
-    return losses
-
-
-def _stderr(values: list[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-# ---------------------------------------------------------------------------------------------------------------- tasks
-def known_tasks() -> list[str]:
-    """The tasks that come with their documents, by name: those in conf/tasks."""
-    return sorted(file.stem for file in _task_folder().glob("[!_]*.yaml"))
-
-
-def check_tasks(names: list[str]) -> None:
-    """Raises UserError for a name that is neither ours nor lm-eval's. Instant if all are ours."""
-    for name in sorted(set(names) - set(known_tasks())):
-        theirs = _harness_tasks().all_tasks
-        if name not in theirs:
-            near = difflib.get_close_matches(name, {*known_tasks(), *theirs}) or known_tasks()
-            raise UserError(f"evaluation.tasks has {name!r}, which is no task: use for example {', '.join(near)}")
-
-
-def run_tasks(
-    model, tokenizer, tasks: list[str], *, limit: int | None, batch_size: int, progress: Progress | None = None
-) -> dict[str, dict]:
-    """lm-eval's scores, zero-shot unless a task says otherwise, as {"<task>/<metric>": metric}.
-
-    limit: only the first documents of each task; None: all. progress hears of requests, several to a document.
-    Raises UserError: unknown task, limit or batch_size below 1, documents that cannot be loaded.
-    """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError(f"evaluation: limit is {limit} and batch_size {batch_size}: use 1 or more (limit null for all)")
-    check_tasks(tasks)
-    if not tasks:
-        return {}
-    with _quiet_harness():
-        from lm_eval.evaluator import evaluate
-
-        _compile_templates_once()
-        loaded = {name: task for entry in tasks for name, task in _loaded(entry).items()}
-        for task in loaded.values():
-            task.set_fewshot_seed(FEWSHOT_SEED)  # each time, or the next model is shown other examples
-        # evaluate() and not simple_evaluate(): that reseeds every global generator and spends a second on a report
-        # about the machine, for each model anew
-        scores = evaluate(
-            _language_model(model, tokenizer, batch_size, progress),
-            {"tasks": loaded},
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP,
-        )
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {
-        key: metric
-        for name, task in loaded.items()
-        for key, metric in _metrics(name, task, scores, {"dtype": dtype, "batch_size": batch_size}).items()
-    }
-
-
-def embedded_split(folder: str, **_) -> dict:
-    """lm-eval's `custom_dataset` of conf/tasks/_embedded.yaml: the validation documents in an embedded folder."""
-    from datasets import Dataset
-
-    file = embedded_data() / "hf_datasets" / folder / "validation" / "data-00000-of-00001.arrow"
-    return {"validation": Dataset.from_file(str(file), in_memory=True)}  # on disk, map() would write beside the file
-
-
-@functools.cache
-def _loaded(name: str) -> dict:
-    """lm-eval's task objects behind a name (several for a group), documents included; kept for the next model."""
-    from lm_eval.tasks import TaskManager
-
-    file = _task_folder() / f"{name}.yaml"
-    try:
-        if file.exists():
-            tasks = TaskManager(include_defaults=False).load([_task_config(file)])["tasks"]
-        else:
-            tasks = _harness_tasks().load([name])["tasks"]
-    except UserError:
-        raise
-    except Exception as error:  # of lm-eval, datasets or the hub's client
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"evaluation.tasks: {name} cannot be loaded ({reason}): check its documents and the network"
-        ) from error
-    for task in tasks.values():
-        task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
-    return tasks
-
-
-def _task_config(file: Path) -> dict:
-    """A task's YAML over those it includes; an include is looked up beside the file, then among lm-eval's tasks."""
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(file, recursive=False)
-    included = config.pop("include", [])
-    merged: dict = {}
-    for name in [included] if isinstance(included, str) else included:
-        beside = file.parent / name
-        merged |= load_yaml(beside if beside.exists() else Path(lm_eval.tasks.__file__).parent / name)
-    return merged | config
-
-
-def _language_model(model, tokenizer, batch_size: int, progress: Progress | None):
-    """lm-eval's wrapper around the model: log-probabilities in float32, no bar, progress after each request."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    wrapper = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
-    wrapper.tok_encode = _remembering(wrapper.tok_encode, TOKENS.setdefault(tokenizer, {}))
-    score = wrapper.loglikelihood
-
-    def counted(requests):
-        if progress:
-            wrapper.set_cache_hook(_Counter(progress, len(requests)))
-        return score(requests, disable_tqdm=True)
-
-    wrapper.loglikelihood = counted
-    return wrapper
-
-
-def _remembering(encode: Callable, known: dict) -> Callable:
-    """A tokenizer's `encode` that answers from `known` what it was asked before, for another model."""
-
-    def remembered(string: str | list[str], **options) -> list:
-        key = (string, *sorted(options.items())) if isinstance(string, str) else None
-        if key not in known:
-            tokens = encode(string, **options)
-            if key is None:
-                return tokens
-            known[key] = array("i", tokens)  # a tenth of a list's memory
-        return known[key].tolist()
-
-    return remembered
-
-
-@functools.cache
-def _compile_templates_once() -> None:
-    """lm-eval compiles a prompt's template anew for every document, which takes a twelfth of a small model's time."""
-    import lm_eval.utils
-
-    lm_eval.utils.env.from_string = functools.lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
-
-
-class _Counter:
-    """Stands where lm-eval has its cache of answers, which hears of every request as it is answered."""
-
-    def __init__(self, progress: Progress, total: int):
-        self.progress, self.total, self.done = progress, total, 0
-
-    def add_partial(self, *_) -> None:
-        self.done += 1
-        self.progress(self.done, self.total)
-
-
-def _metrics(name: str, task, scores: dict, conditions: dict) -> dict[str, dict]:
-    """One task's metrics out of lm-eval's results."""
-    split = task.config.test_split or task.config.validation_split
-    measured_on = {
-        "task": name, "documents": scores["n-samples"][name]["effective"], "split": split,
-        "num_fewshot": scores["n-shot"][name], "version": scores["versions"][name],
-        "harness": f"lm-eval {importlib.metadata.version('lm-eval')}", **conditions,
-    }  # fmt: skip
-    found = {}
-    for key, value in scores["results"][name].items():
-        metric, comma, chosen = key.partition(",")
-        if not comma or metric.endswith("_stderr"):
-            continue
-        stderr = scores["results"][name].get(f"{metric}_stderr,{chosen}")
-        samples = [s[metric] for s in scores["samples"][name] if s["filter"] == chosen and metric in s]
-        found[f"{name}/{metric}" + ("" if chosen == "none" else f".{chosen}")] = {
-            "value": float(value),
-            "stderr": stderr if isinstance(stderr, float) else None,
-            "higher_is_better": task.higher_is_better().get(metric, True),
-            "measured_on": measured_on,
-            "samples": [float(s) for s in samples] if all(isinstance(s, bool | int | float) for s in samples) else None,
-        }
+def parts(settings: dict, dtype: str) -> list[Part]:
+    """All that the settings under `evaluation` ask for, in the order in which it is measured."""
+    text = (text_digest(settings["text"]), settings["rows"], settings["length"], dtype)
+    label = Path(settings["text"]).stem.removeprefix("embedded_")
+    found = [Part("perplexity", f"perplexity/{label}_{settings['length']}", text)]
+    if settings["tasks"]:
+        harness = importlib.metadata.version("lm-eval")
+        asked = (settings["limit"], settings["batch_size"], dtype, harness)
+        found += [Part("tasks", name, (*asked, _task_digest(name))) for name in settings["tasks"]]
     return found
 
 
-def _task_folder() -> Path:
-    return Path(str(importlib.resources.files("conf"))) / "tasks"
+def evaluation_key(settings: dict, dtype: str) -> str:
+    """What all scores depend on beside the model."""
+    return digest([VERSION, [[p.stage, p.name, p.depends_on] for p in parts(settings, dtype)]])
 
 
-@functools.cache
-def _harness_tasks():
-    """lm-eval's index of its own tasks: some ten seconds, so only for names that are not ours."""
-    with _quiet_harness():
-        from lm_eval.tasks import TaskManager
+def _task_digest(name: str) -> str | None:
+    """Of the YAML of a task of ours."""
+    from sweeps.tasks import task_file
 
-        return TaskManager()
+    file = task_file(name)
+    return digest(file.read_text()) if file.is_file() else None
 
 
-@contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Errors only from lm-eval and no progress bars, then everything as before."""
-    import lm_eval.api.task
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model; `model` is the key of all that its weights depend on, `load` gives it when it is needed.
 
-    logger, bars, bar = logging.getLogger("lm_eval"), is_progress_bar_enabled(), lm_eval.api.task.tqdm
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    disable_progress_bar()
-    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)  # no setting of lm-eval reaches this one
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        if bars:
-            enable_progress_bar()
+    `rows` (rows, length) are the text's tokens, `facts` go with the perplexity.
+    """
+
+    settings: dict
+    dtype: str
+    cache: Path
+    model: str
+    load: Callable[[], object]
+    rows: Callable[[], object]
+    tokenizer: Callable[[], object]
+    facts: dict
+
+    def run(self, reporter: Reporter, force: bool = False) -> dict[str, dict]:
+        """Metrics by name, measured as far as the cache does not have them; `force`: all of them."""
+        wanted = parts(self.settings, self.dtype)
+        files = {part: part.file(self.cache, self.model) for part in wanted}
+        for file in files.values() if force else ():
+            file.unlink(missing_ok=True)
+        load, metrics, reused = functools.cache(lambda: self._loaded(reporter)), {}, 0
+        for stage in dict.fromkeys(part.stage for part in wanted):
+            some = [part for part in wanted if part.stage == stage]
+            if not all(files[part].is_file() for part in some):
+                load()  # a stage of its own
+            with reporter.stage(stage) as progress:
+                for i, part in enumerate(some):
+                    step = _within(progress, i, len(some))
+                    found, there = once(files[part], lambda: self._measured(part, load(), step))  # noqa: B023
+                    metrics |= found
+                    reused += there
+        reporter.reused["evaluation"] = reused / len(wanted)
+        return metrics
+
+    def _loaded(self, reporter: Reporter):
+        with reporter.stage("load"):
+            return self.load()
+
+    def _measured(self, part: Part, model, progress: Callable[[int, int], None]) -> dict[str, dict]:
+        if part.stage == "perplexity":
+            from sweeps.perplexity import perplexity
+
+            return {part.name: perplexity(model, self.rows(), **self.facts, progress=progress)}
+        from sweeps.tasks import run_tasks
+
+        def run(batch: int) -> dict[str, dict]:
+            options = {"limit": self.settings["limit"], "batch_size": batch, "progress": progress}
+            return run_tasks(model, self.tokenizer(), [part.name], **options)
+
+        return halving(run, self.settings["batch_size"], f"evaluation of {part.name}")
+
+
+def _within(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:
+    """Progress of one part of several, in thousandths of each."""
+    if count == 1:
+        return progress
+    return lambda done, total: progress(round(1000 * (index + done / total)), 1000 * count)
+
+
+def halving(run: Callable[[int], dict], batch: int, what: str) -> dict:
+    """`run(batch)`; where memory is too small for it, with half the batch, and so on.
+
+    Raises CalderaError when a batch of one does not fit.
+    """
+    import torch
+
+    while True:
+        try:
+            return run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch == 1:
+                raise CalderaError(f"{what}: out of memory at evaluation.batch_size=1: use a larger machine") from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warn(f"{what}: out of memory with batches of {batch}, going on with {batch // 2}")
+        batch //= 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, a GPU's or the machine's, is too small."""
+    import torch
+
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "can't allocate" in text
+    )
+
+
+def check_tasks(names: Iterable[str]) -> None:
+    """Raises UserError for a name that is no task, or that stands there twice."""
+    from sweeps import tasks
+
+    names = list(names)
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"evaluation.tasks has {doubled[0]!r} twice: leave one out")
+    tasks.check_tasks(names)

@@ -26,7 +26,6 @@ class Fit:
     method: Method
     names: frozenset[str]
     device: torch.device
-    key: str = ""  # of all that the checkpoint depends on; with none, nothing that is there is taken for finished
 
     def on(self, device: torch.device) -> "Fit":
         return replace(self, device=device)

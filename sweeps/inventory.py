@@ -1,22 +1,20 @@
 """Which matrices a model has, and which of them are compressed."""
 
 import functools
-import json
 from pathlib import Path
 
 from caldera.errors import UserError
-from caldera.files import write_json
 from caldera.matrices import chosen
 from sweeps.models import fingerprint
+from sweeps.store import once
 
 
 @functools.cache
 def inventory(directory: Path, cache: Path, trust_remote_code: bool = False) -> dict[str, list[int]]:
     """Shape (m, n) of every matrix that is compressed, by name; found once, on a model without data."""
     file = cache / "inventories" / f"{fingerprint(directory, cache)}.json"
-    if not file.is_file():
-        write_json(file, _shapes(directory, trust_remote_code))
-    return json.loads(file.read_text())
+    found, _ = once(file, lambda: _shapes(directory, trust_remote_code))
+    return found
 
 
 def _shapes(directory: Path, trust_remote_code: bool) -> dict[str, list[int]]:

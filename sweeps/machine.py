@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from caldera.files import write_json
 from sweeps.costs import Work
 from sweeps.paths import default_cache
-from sweeps.store import digest, read_json
+from sweeps.store import digest, once
 
 VERSION = 1
 SIDE = 1024  # of the products that are measured
@@ -60,9 +59,8 @@ class Machine:
         processor = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
         key = digest([processor, platform.machine(), torch.get_num_threads(), dtype, *versions])
         file = cache / "machines" / f"{key[:24]}.json"
-        if not file.is_file():
-            write_json(file, asdict(_measured(dtype, file.parent)))
-        return cls(**read_json(file))
+        found, _ = once(file, lambda: asdict(_measured(dtype, file.parent)))
+        return cls(**found)
 
     @classmethod
     def h100(cls, cards: int = 1) -> "Machine":

@@ -7,7 +7,6 @@ project sees one folder with `config.json`, `*.safetensors` and a tokenizer; pic
 import contextlib
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from caldera.errors import NumericalError, UserError
+from caldera.files import sha256
 from sweeps.paths import file_digest, to_disk
+from sweeps.progress import warn
+from sweeps.store import once, read_sealed, write_sealed
 
-CONVERTER = 1  # counts up when conversion changes what it writes
+CONVERTER = 2  # counts up when conversion changes what it writes
+SOURCE = "source.json"
 CONTENT = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")  # what fingerprint() covers
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 
@@ -141,12 +144,13 @@ def tokenizer_digest(directory: Path, cache: Path) -> str:
 
 def check_finite(directory: Path, cache: Path) -> None:
     """Raises NumericalError naming the first tensor with NaN or infinity; a checkpoint is read once."""
+    once(Path(cache) / "finite" / f"{fingerprint(directory, cache)}.json", lambda: _all_finite(directory))
+
+
+def _all_finite(directory: Path) -> dict:
     import torch
     from safetensors import safe_open
 
-    passed = Path(cache) / "finite" / fingerprint(directory, cache)
-    if passed.exists():
-        return
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
@@ -155,8 +159,7 @@ def check_finite(directory: Path, cache: Path) -> None:
                     raise NumericalError(
                         f"model {directory}: {name} has {bad} NaN or infinite values: repair the weights"
                     )
-    passed.parent.mkdir(parents=True, exist_ok=True)
-    passed.touch()
+    return {"model": str(directory)}
 
 
 def _digest_of(files: list[Path], cache: Path) -> str:
@@ -217,18 +220,31 @@ def _converted(gguf: Path, cache: Path) -> Path:
     """The checkpoint made from a GGUF file; the first caller makes it, others wait for it."""
     digest = file_digest(gguf, cache)
     target = cache / "checkpoints" / f"{gguf.stem}-{digest[:12]}-v{CONVERTER}"
-    if target.is_dir():
+    if _is_converted(target, cache):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        if not target.is_dir():
+        if not _is_converted(target, cache):
+            shutil.rmtree(target, ignore_errors=True)
             part = target.with_name(target.name + ".part")  # one name: an interrupted run leaves nothing for good
             shutil.rmtree(part, ignore_errors=True)
             _convert(gguf, part)
-            (part / "source.json").write_text(json.dumps({"gguf": gguf.name, "sha256": digest, "converter": CONVERTER}))
+            files = {file.name: sha256(file) for file in sorted(part.iterdir())}
+            write_sealed(part / SOURCE, {"gguf": gguf.name, "sha256": digest, "converter": CONVERTER, "files": files})
             to_disk(part)
             part.rename(target)
     return target
+
+
+def _is_converted(target: Path, cache: Path) -> bool:
+    """Whether the checkpoint is there, every file as it was written; what is damaged is named."""
+    if not target.is_dir():
+        return False
+    files = (read_sealed(target / SOURCE) or {}).get("files", {})
+    bad = [f for f, listed in files.items() if not (target / f).is_file() or file_digest(target / f, cache) != listed]
+    for file in bad:
+        warn(f"{target / file} is damaged: it is made again")
+    return bool(files) and not bad
 
 
 def _convert(gguf: Path, target: Path) -> None:

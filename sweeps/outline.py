@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from caldera.errors import UserError
-from caldera.files import write_json
-from sweeps.store import digest, read_json
+from sweeps.store import digest, once
 
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("gate", "up"), ("w1", "w3"))  # one input
 WRITING = ("o_proj", "down_proj", "dense_4h_to_h", "c_proj", "out_proj", "fc2", "w2")  # into the residual stream
@@ -78,19 +77,20 @@ class Outline:
 
 def outline_of(directory: Path, cache: Path, trust_remote_code: bool = False) -> Outline:
     """The outline of the model in a folder with a config.json; found once, then in the cache."""
-    text = (directory / "config.json").read_text()
-    file = cache / "outlines" / f"{digest([VERSION, text])}.json"
-    if not file.is_file():
-        from transformers import AutoConfig
+    file = cache / "outlines" / f"{digest([VERSION, (directory / 'config.json').read_text()])}.json"
+    found, _ = once(file, lambda: asdict(_read_outline(directory, trust_remote_code)))
+    return Outline(**found)
 
-        try:
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-            found = outline(config, trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"model.path={directory} is no causal language model: {reason}") from error
-        write_json(file, asdict(found))
-    return Outline(**read_json(file))
+
+def _read_outline(directory: Path, trust_remote_code: bool) -> Outline:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return outline(config, trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path={directory} is no causal language model: {reason}") from error
 
 
 def outline(config, trust_remote_code: bool = False) -> Outline:

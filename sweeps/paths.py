@@ -6,7 +6,8 @@ from pathlib import Path
 
 import platformdirs
 
-from caldera.files import committed, flush, sha256
+from caldera.files import flush, sha256
+from sweeps.store import once
 
 
 def default_cache() -> Path:
@@ -19,13 +20,8 @@ def file_digest(file: Path, cache: Path) -> str:
     file = file.resolve()
     stat = file.stat()
     key = hashlib.sha256(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    memo = cache / "digests" / key
-    if memo.exists():
-        return memo.read_text()
-    digest = sha256(file)
-    with committed(memo) as part:
-        part.write_text(digest)
-    return digest
+    found, _ = once(cache / "digests" / f"{key}.json", lambda: {"file": str(file), "sha256": sha256(file)})
+    return found["sha256"]
 
 
 def to_disk(folder: Path) -> None:

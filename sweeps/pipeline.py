@@ -1,146 +1,148 @@
-"""One point from a plan to its record: calibrate, compress, reload, evaluate. What exists already is not done again."""
+"""One point from a plan to its record: calibrate, compress, reload, evaluate. What exists already is not done again.
+
+Moments and what points share of the fit lie in the cache, and so do the scores of each text and task; checkpoints,
+block by block, and records in the results. Each is named by the hash of what it depends on and made under a lock.
+"""
 
 import functools
 import gc
 import math
-import shutil
 from pathlib import Path
 
 from filelock import FileLock
 
-from caldera.errors import CalderaError
-from caldera.files import write_json
+from caldera.errors import CalderaError, UserError
 from sweeps import record as records
+from sweeps.evaluate import Evaluation
+from sweeps.keep import tidy
 from sweeps.point import Point, axes, uncompressed_axes
-from sweeps.progress import Reporter, log_file, logger
-from sweeps.store import read_json
+from sweeps.progress import Reporter, log_file, logger, warn
+from sweeps.store import read_sealed, write_sealed
 from sweeps.trackers import track
 
 
-def finished(point: Point, name: str) -> dict | None:
-    """The record of a point that is done, unless it is to be computed again."""
-    file = point.folder(name) / "record.json"
-    if point.config["force"] or not file.is_file():
+def finished(point: Point) -> dict | None:
+    """The record of a point that is done, unless it is to be computed again.
+
+    Raises UserError for a record of a newer version.
+    """
+    file = point.folder / "record.json"
+    record = None if point.config["force"] else read_sealed(file)
+    if record is None:
         return None
-    record = read_json(file)
-    return record if record["status"] == "done" else None
+    if record["schema_version"] > records.SCHEMA_VERSION:
+        raise UserError(
+            f"{file} has schema {record['schema_version']}, newer than the known {records.SCHEMA_VERSION}: update this"
+            " package or choose another folder by results=..."
+        )
+    return record if record["status"] == "done" and record["key"] == point.key else None
 
 
 def run_point(point: Point, reporter: Reporter) -> dict:
     """The record of a point, computed unless it is there. A failure leaves a failed record and is raised again."""
-    if record := finished(point, point.name):
+    if record := finished(point):
         return record
-    folder = point.folder(point.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"), log_file(folder / "log.txt"):
-        if record := finished(point, point.name):
+    point.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(point.folder / ".lock"), log_file(point.folder / "log.txt"):
+        if record := finished(point):
             return record
         records.reset_peak()
         try:
-            record = _compute(point, reporter, folder)
+            record = _compute(point, reporter)
+            _commit(point, record)
         except Exception as error:
-            failed = records.skeleton(point.name, point.key, point.config, axes(point), "failed")
-            failed |= {"error": records.error_of(error, reporter.stage_name, getattr(error, "matrix", None))}
             logger.exception("point failed")
-            _commit(point, failed | {"timings_s": reporter.timings}, folder)
+            _commit_failure(point, reporter, error)
             raise
-        _commit(point, record, folder)
-        _tidy(point, folder / "checkpoint")
-        gc.collect()
+        finally:
+            _let_go()
+        tidy(point)
         return record
 
 
-def _commit(point: Point, record: dict, folder: Path) -> None:
-    write_json(folder / "record.json", record)
-    track(record, point.config["tracker"], Path(point.config["results"]))
+def _let_go() -> None:
+    """Memory of one point is not the next one's."""
+    from caldera.devices import release, release_devices
+
+    gc.collect()
+    release()
+    release_devices()
 
 
-def _tidy(point: Point, checkpoint: Path) -> None:
-    """Once the record says that the point is done, its notes have served, and so may its checkpoint have."""
-    from sweeps.compress import notes_of
-
-    shutil.rmtree(notes_of(checkpoint), ignore_errors=True)
-    if not point.config["keep_checkpoint"]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+def _commit(point: Point, record: dict) -> None:
+    write_sealed(point.folder / "record.json", record)
+    track(record, point.config["tracker"], point.results)
 
 
-def _compute(point: Point, reporter: Reporter, folder: Path) -> dict:
+def _commit_failure(point: Point, reporter: Reporter, error: Exception) -> None:
+    failed = records.skeleton(point, axes(point), "failed")
+    failed |= {"error": records.error_of(error, reporter.stage_name, getattr(error, "matrix", None))}
+    try:
+        _commit(point, failed | {"timings_s": reporter.timings})
+    except OSError as lost:  # a full disk: what failed is said, and what is finished stays
+        warn(f"the failure of {point.name} could not be recorded ({lost.strerror}): {error}")
+
+
+def _compute(point: Point, reporter: Reporter) -> dict:
     if point.method is None:
-        return _cached_baseline(point, reporter)
+        return _uncompressed(point, reporter)
     baseline = run_baseline(point, reporter)
-    checkpoint = folder / "checkpoint"
-    if point.config["force"]:
-        _drop(checkpoint)
-    compressed = compress_point(point, reporter, checkpoint)
-    with reporter.stage("load"):
-        from caldera.checkpoint import load_dense
-
-        model = load_dense(checkpoint, _dtype(point)).to(point.device)
-    metrics = _evaluate(point, reporter, model)
-    parameters = baseline["bits"]["model_parameters"]
-    record = records.skeleton(point.name, point.key, point.config, axes(point), "done")
-    record |= {"metrics": metrics, "matrices": compressed.matrices, "timings_s": reporter.timings}
-    record["bits"] = records.bits_of(compressed.matrices, checkpoint, parameters)
+    point.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{point.checkpoint}.lock"):  # another evaluation of the same weights may want them too
+        compressed = compress_point(point, reporter, point.checkpoint)
+        metrics = _evaluation(point, lambda: _packed(point)).run(reporter, point.config["force"])
+        bits = records.bits_of(compressed.matrices, point.checkpoint, baseline["bits"]["model_parameters"])
+    record = records.skeleton(point, axes(point), "done")
+    record |= {"metrics": metrics, "matrices": compressed.matrices, "timings_s": reporter.timings, "bits": bits}
     record["reused"] = reporter.reused | compressed.shares()
     record["memory"]["workers_peak_rss_bytes"] = compressed.peak_rss_bytes
     return record
 
 
 def run_baseline(point: Point, reporter: Reporter) -> dict:
-    """The uncompressed model's record: evaluated once, kept in the cache, copied to every results folder."""
-    record, folder = _cached_baseline(point, reporter), point.folder(point.baseline_name)
-    copy = folder / "record.json"
-    if not copy.is_file() or read_json(copy)["status"] != "done":
-        _commit(point, record, folder)
+    """The record of the uncompressed model under the same evaluation, which it shares with every results folder."""
+    own = Reporter(point.uncompressed.name)
+    if not finished(point.uncompressed):
+        reporter.say("  uncompressed model, once:")
+    record = run_point(point.uncompressed, own)
+    reporter.reused["baseline"] = own.reused.get("evaluation", 1.0)
     return record
 
 
-def _cached_baseline(point: Point, reporter: Reporter) -> dict:
-    """The uncompressed model's record under the point's names."""
-    cached = point.cache / "baselines" / f"{point.baseline_key}.json"
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cached}.lock"):
-        reporter.reused["baseline"] = float(cached.is_file())
-        if not cached.is_file():
-            write_json(cached, _baseline(point, reporter))
-    record = read_json(cached)
-    record |= {"sweep": point.config["sweep"], "name": point.baseline_name, "config": point.config}
-    record["point"] |= {"model": point.config["model"]["name"]}
-    return record
+def _uncompressed(point: Point, reporter: Reporter) -> dict:
+    from sweeps.models import load_model
+    from sweeps.outline import outline_of
 
-
-def _baseline(point: Point, reporter: Reporter) -> dict:
-    own = Reporter(point.baseline_name)
-    reporter.say("  uncompressed model, once:")
-    with own.stage("load"):
-        from sweeps.models import load_model
-
-        trusted = point.config["model"]["trust_remote_code"]
-        model = load_model(point.checkpoint, point.dtype, trusted).to(point.device)
-    metrics = _evaluate(point, own, model)
-    record = records.skeleton(point.baseline_name, point.baseline_key, point.config, uncompressed_axes(point), "done")
-    width = 8.0 * _dtype(point).itemsize
-    parameters = sum(p.numel() for p in model.parameters())
+    trusted = point.config["model"]["trust_remote_code"]
+    load = lambda: load_model(point.source, point.dtype, trusted).to(point.device)  # noqa: E731
+    metrics = _evaluation(point, load).run(reporter, point.config["force"])
+    record = records.skeleton(point, uncompressed_axes(point), "done")
+    width, parameters = 8.0 * _dtype(point).itemsize, outline_of(point.source, point.cache, trusted).parameters
     compressed = sum(math.prod(shape) for shape in point.inventory.values())
     counts = {"parameters": compressed, "model_parameters": parameters}
     sizes = {"stored_bytes": int(compressed * width / 8), "model_bytes": int(parameters * width / 8)}
     bits = {"nominal": width, "stored": width, "model": width} | sizes | counts
-    return record | {"metrics": metrics, "timings_s": own.timings, "bits": bits}
+    return record | {"metrics": metrics, "timings_s": reporter.timings, "bits": bits, "reused": reporter.reused}
 
 
 def compress_point(point: Point, reporter: Reporter, target: Path):
-    """Calibrate and write the packed checkpoint: a `sweeps.compress.Compressed`."""
+    """Calibrate and write the packed checkpoint, as far as that is not done: a `sweeps.compress.Compressed`."""
     import torch
 
-    from sweeps.compress import Fit, compress
+    from sweeps.compress import CheckpointFolder, Fit, compress, drop
     from sweeps.shared import Shared
 
+    place = CheckpointFolder(target, point.fit_key)
+    if point.config["force"]:
+        drop(target)
+    if found := place.finished():
+        return found
     inputs = _inputs(point, reporter)
-    fit = Fit(point.method, frozenset(point.inventory), torch.device(point.device), point.key)
+    fit = Fit(point.method, frozenset(point.inventory), torch.device(point.device))
     shared = Shared(point.cache / "shared" / point.shared_key[:24] if point.correction is None else None)
     with reporter.stage("compress") as progress:
         options = {"workers": point.workers, "shared": shared}
-        return compress(point.checkpoint, _stored(point), inputs, fit, target, _dtype(point), progress, **options)
+        return compress(point.source, _stored(point), inputs, fit, place, _dtype(point), progress, **options)
 
 
 def _inputs(point: Point, reporter: Reporter):
@@ -165,25 +167,25 @@ def _spill(point: Point):
     return Spill(point.cache / "spill", point.config["compute"]["spill_mb"] * 2**20)
 
 
-def _evaluate(point: Point, reporter: Reporter, model) -> dict:
-    from sweeps.evaluate import perplexity, run_tasks
-
+def _evaluation(point: Point, load) -> Evaluation:
     settings = point.config["evaluation"]
-    rows, metrics = _rows(point, "evaluation"), {}
-    with reporter.stage("perplexity") as progress:
-        facts = {"text": settings["text"], "tokenizer_digest": point.tokenizer}
-        label = Path(settings["text"]).stem.removeprefix("embedded_")
-        metrics[f"perplexity/{label}_{settings['length']}"] = perplexity(model, rows, **facts, progress=progress)
-    with reporter.stage("tasks") as progress:
-        options = {"limit": settings["limit"], "batch_size": settings["batch_size"], "progress": progress}
-        return metrics | run_tasks(model, _tokenizer(point.checkpoint), list(settings["tasks"]), **options)
+    facts = {"text": settings["text"], "tokenizer_digest": point.tokenizer}
+    given = {"rows": lambda: _rows(point, "evaluation"), "tokenizer": lambda: _tokenizer(point.source), "facts": facts}
+    return Evaluation(settings, point.dtype, point.cache, point.fit_key, load, **given)
+
+
+def _packed(point: Point):
+    """The compressed model as it is evaluated, from its checkpoint's bytes."""
+    from caldera.checkpoint import load_dense
+
+    return load_dense(point.checkpoint, _dtype(point)).to(point.device)
 
 
 def check_inputs(point: Point) -> None:
     """Weights are finite, and the texts are in order. Raises an error before any long work."""
     from sweeps.models import check_finite
 
-    check_finite(point.checkpoint, point.cache)
+    check_finite(point.source, point.cache)
     check_texts(point)
 
 
@@ -203,7 +205,7 @@ def _rows(point: Point, group: str):
     settings = point.config[group]
     count, seed = ("sequences", settings["shuffle_seed"]) if group == "calibration" else ("rows", None)
     try:
-        return _token_rows(point.checkpoint, settings["text"], settings[count], settings["length"], seed)
+        return _token_rows(point.source, settings["text"], settings[count], settings["length"], seed)
     except CalderaError as error:
         raise type(error)(f"{group}.{count}: {error}") from error
 
@@ -224,12 +226,12 @@ def _tokenizer(checkpoint: Path):
 
 def _original(point: Point):
     """The point's uncompressed model, for forward passes as they are evaluated."""
-    return _opened(point.checkpoint, point.dtype, point.device, point.config["model"]["trust_remote_code"])
+    return _opened(point.source, point.dtype, point.device, point.config["model"]["trust_remote_code"])
 
 
 def _stored(point: Point):
     """What opens the point's uncompressed model, for its weights, in this process or a worker."""
-    return functools.partial(_opened, point.checkpoint, None, "cpu", point.config["model"]["trust_remote_code"])
+    return functools.partial(_opened, point.source, None, "cpu", point.config["model"]["trust_remote_code"])
 
 
 @functools.lru_cache(maxsize=1)
@@ -244,11 +246,3 @@ def _dtype(point: Point):
     import torch
 
     return getattr(torch, point.dtype)
-
-
-def _drop(checkpoint: Path) -> None:
-    """The checkpoint, and the notes that would let it be finished."""
-    from sweeps.compress import notes_of
-
-    for folder in (notes_of(checkpoint), checkpoint):
-        shutil.rmtree(folder, ignore_errors=True)

@@ -6,11 +6,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from caldera.errors import UserError
 from sweeps.budget import fitted
-from sweeps.evaluate import check_tasks
+from sweeps.evaluate import check_tasks, evaluation_key
 from sweeps.inventory import chosen_of, inventory
 from sweeps.models import checkpoint_dir, described_dir, fingerprint, tokenizer_digest
 from sweeps.parallel import check_backend
-from sweeps.point import Point, cache_of, evaluation_key, moments_key
+from sweeps.point import Point, cache_of, moments_key
 from sweeps.settings import check_keys, check_numbers, correction_of, method_of, placement, source_of
 from sweeps.store import require_writable
 from sweeps.trackers import check_tracker
@@ -42,10 +42,11 @@ def resolve(cfg: DictConfig) -> Point:
         _check_rank(method.rank, shapes)
     device, dtype = placement(config["compute"])
     model_key = fingerprint(directory, cache)
-    keys = {"moments_key": moments_key(config, model_key, dtype), "evaluation_key": evaluation_key(config, dtype)}
+    keys = {"moments_key": moments_key(config, model_key, dtype)}
+    keys |= {"evaluation_key": evaluation_key(config["evaluation"], dtype)}
     tokenizer = tokenizer_digest(directory, cache)
     fit = {"method": method, "correction": correction_of(config["method"])}
-    place = {"checkpoint": directory, "tokenizer": tokenizer, "dtype": dtype, "device": device}
+    place = {"source": directory, "tokenizer": tokenizer, "dtype": dtype, "device": device}
     return Point(config, **fit, **place, **keys, model_key=model_key, inventory=shapes)
 
 

@@ -1,6 +1,7 @@
 """A run, ready to go: what was asked for and what it depends on, by hashes of exactly that."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from caldera.correction import Correction
@@ -23,7 +24,7 @@ class Point:
     config: dict
     method: Method | None  # None: the point is the uncompressed model
     correction: Correction | None  # None: the original model's inputs
-    checkpoint: Path  # the uncompressed model
+    source: Path  # folder of the uncompressed model
     tokenizer: str  # digest
     dtype: str
     device: str
@@ -32,15 +33,26 @@ class Point:
     model_key: str  # fingerprint of the uncompressed model
     inventory: dict[str, list[int]]  # shape (m, n) of every matrix that is compressed
 
-    @property
-    def key(self) -> str:
+    @cached_property
+    def fit_key(self) -> str:
+        """What the weights that are evaluated depend on."""
         if self.method is None:
-            return self.baseline_key
+            return digest([self.model_key, self.dtype])
         fit = asdict(self.method) | ({} if self.method.rank else {"l": None, "r": None})
         corrected = self.correction and asdict(self.correction)
         names = sorted(self.inventory)
-        stored = [FIT_VERSION, self.moments_key, fit, corrected, names, self.config["method"]["name"], self.dtype]
-        return digest([stored, self.evaluation_key])
+        return digest([FIT_VERSION, self.moments_key, fit, corrected, names, self.config["method"]["name"], self.dtype])
+
+    @cached_property
+    def key(self) -> str:
+        return digest([self.fit_key, self.evaluation_key])
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """All of them, for the record."""
+        kinds = ("fit", "evaluation", "model") if self.method is None else ("fit", "moments", "evaluation", "model")
+        found = {kind: getattr(self, f"{kind}_key") for kind in kinds}
+        return found if self.method is None else found | {"shared": self.shared_key}
 
     @property
     def shared_key(self) -> str:
@@ -63,31 +75,45 @@ class Point:
         """What the inputs of calibration and evaluation depend on."""
         return digest([self.model_key, self.moments_key, self.evaluation_key])
 
+    @cached_property
+    def uncompressed(self) -> "Point":
+        """The point that this one is compared with: the same evaluation of the model as it is."""
+        if self.method is None:
+            return self
+        config = self.config | {"method": self.config["method"] | {"name": "none"}, "force": False}
+        return replace(self, config=config, method=None, correction=None)
+
     @property
-    def baseline_key(self) -> str:
-        return digest([self.model_key, self.evaluation_key])
+    def label(self) -> str:
+        """What is fitted, readable."""
+        if self.method is None:
+            return f"{self.config['model']['name']}-uncompressed"
+        m = self.method
+        factors = [f"l_{m.l}", f"r_{m.r}"] if m.rank else []
+        return "-".join([self.config["model"]["name"], self.config["method"]["name"], f"r{m.rank}", m.q, *factors])
 
     @property
     def name(self) -> str:
         """Readable, and unique by the key."""
-        if self.method is None:
-            return self.baseline_name
-        m = self.method
-        factors = [f"l_{m.l}", f"r_{m.r}"] if m.rank else []
-        parts = [self.config["model"]["name"], self.config["method"]["name"], f"r{m.rank}", m.q, *factors]
-        return "-".join([*parts, self.key[:8]])
-
-    @property
-    def baseline_name(self) -> str:
-        return f"{self.config['model']['name']}-uncompressed-{self.baseline_key[:8]}"
+        return f"{self.label}-{self.key[:8]}"
 
     @property
     def cache(self) -> Path:
         return cache_of(self.config)
 
-    def folder(self, name: str) -> Path:
-        """Where the record of the point `name` lies."""
-        return Path(self.config["results"]) / "points" / name
+    @property
+    def results(self) -> Path:
+        return Path(self.config["results"])
+
+    @property
+    def folder(self) -> Path:
+        """Where the record lies."""
+        return self.results / "points" / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """The packed model, which points that differ only in their evaluation share."""
+        return self.results / "checkpoints" / f"{self.label}-{self.fit_key[:8]}"
 
 
 def cache_of(config: dict) -> Path:
@@ -96,14 +122,7 @@ def cache_of(config: dict) -> Path:
 
 def moments_key(config: dict, model_key: str, dtype: str) -> str:
     c = config["calibration"]
-    return digest([3, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
-
-
-def evaluation_key(config: dict, dtype: str) -> str:
-    e = config["evaluation"]
-    return digest(
-        [1, text_digest(e["text"]), *(e[k] for k in ("rows", "length", "tasks", "limit", "batch_size")), dtype]
-    )
+    return digest([4, model_key, text_digest(c["text"]), c["sequences"], c["length"], c["shuffle_seed"], dtype])
 
 
 def axes(point: Point) -> dict:

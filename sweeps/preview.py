@@ -10,6 +10,7 @@ from rich.table import Table
 from sweeps import costs
 from sweeps.calibration import is_complete
 from sweeps.estimate import Estimate, estimate
+from sweeps.evaluate import parts
 from sweeps.machine import Machine
 from sweeps.outline import outline_of
 from sweeps.pipeline import check_texts, finished
@@ -31,7 +32,7 @@ def preview(points: list[Point], machine: Machine | None = None) -> list[tuple[P
     held = {key for point in points for key in _held(point)}
     rows, models = [], {}
     for point in points:
-        folder = point.checkpoint
+        folder = point.source
         if folder not in models:
             models[folder] = outline_of(folder, point.cache, point.config["model"]["trust_remote_code"])
         keys = _keys(point)
@@ -51,12 +52,12 @@ def machine_of(point: Point) -> Machine:
 
 
 def has_weights(point: Point) -> bool:
-    return any(point.checkpoint.glob("*.safetensors"))
+    return any(point.source.glob("*.safetensors"))
 
 
 def _keys(point: Point) -> dict[str, str]:
     """What a point makes, by kind, under names that equal things share."""
-    keys = {"done": f"done {point.config['results']} {point.key}", "baseline": f"baseline {point.baseline_key}"}
+    keys = {"done": f"done {point.config['results']} {point.key}", "baseline": f"baseline {point.uncompressed.key}"}
     if point.method is None:
         return keys
     keys |= {"moments": f"moments {point.moments_key}" + " hidden" * (point.correction is not None)}
@@ -73,29 +74,30 @@ def _held(point: Point) -> set[str]:
     keys, cache = _keys(point), point.cache
     if not has_weights(point):
         return set()  # every key follows from the weights
-    there = {"done": finished(point, point.name), "baseline": cache / "baselines" / f"{point.baseline_key}.json"}
-    there["baseline"] = there["baseline"].is_file()
+    model = point.uncompressed.fit_key
+    scores = [part.file(cache, model) for part in parts(point.config["evaluation"], point.dtype)]
+    there = {"done": finished(point), "baseline": all(file.is_file() for file in scores)}
     if point.method is not None:
         folder = cache / "moments" / point.moments_key[:24]
         there["moments"] = is_complete(folder, point.correction is not None)
         shared = cache / "shared" / point.shared_key[:24]
-        there["factors"] = shared.is_dir() and any(shared.glob("factors-*"))
+        there["factors"] = shared.is_dir() and any(shared.glob("*/factors-*"))
         wide = keys.get("subspaces", "").rpartition(" ")[2]
-        there["subspaces"] = shared.is_dir() and any(shared.glob(f"subspaces-{wide}-*"))
+        there["subspaces"] = shared.is_dir() and any(shared.glob(f"*/subspaces-{wide}-*"))
     return {key for kind, key in keys.items() if there[kind]}
 
 
 # ----------------------------------------------------------------------------------------------------------- what shows
 def show_plan(points: list[Point]) -> None:
     """Check the texts, then print the table. Raises UserError as a run would."""
-    for point in {p.texts: p for p in points if any(p.checkpoint.glob("tokenizer*"))}.values():
+    for point in {p.texts: p for p in points if any(p.source.glob("tokenizer*"))}.values():
         check_texts(point)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPE_WIDTH)
     rows = preview(points)
     console.print(table_of(rows))
-    for folder in {point.checkpoint for point in points if not has_weights(point)}:
+    for folder in {point.source for point in points if not has_weights(point)}:
         console.print(f"{folder}: {UNKNOWN}", markup=False, soft_wrap=True)
 
 

@@ -9,27 +9,32 @@ from pathlib import Path
 
 import psutil
 
-SCHEMA_VERSION = 1
+from sweeps.point import Point
+
+SCHEMA_VERSION = 2
 PACKAGES = ("torch", "transformers", "lm-eval", "hydra-core", "datasets", "safetensors", "numpy", "numba")
 
 
-def skeleton(name: str, key: str, config: dict, point: dict, status: str) -> dict:
+def skeleton(point: Point, axes: dict, status: str) -> dict:
     """A record with every top-level key; what is not known is null or empty, never a number."""
+    config = point.config
     return {
         "schema_version": SCHEMA_VERSION,
         "status": status,
-        "name": name,
-        "key": key,
+        "name": point.name,
+        "key": point.key,
+        "keys": point.keys,  # of what it was made from, as the cache and the checkpoints are named
         "sweep": config["sweep"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config,
-        "point": point,
+        "point": axes,
         "bits": None,
         "metrics": {},
         "matrices": [],
         "timings_s": {},
         "reused": {},  # of what points share, by kind: the part that was there already, from 0 to 1
-        "memory": {"peak_rss_bytes": peak_rss()},
+        "checkpoint": None if point.method is None else str(point.checkpoint.relative_to(point.results)),
+        "memory": {"peak_rss_bytes": peak_rss(), "peak_gpu_bytes": peak_gpu()},
         "environment": environment(),
         "seeds": {"seed": config["seed"], "calibration_shuffle": config["calibration"]["shuffle_seed"]},
         "error": None,
@@ -76,8 +81,22 @@ def environment() -> dict:
     return {"python": platform.python_version(), "versions": versions} | machine | memory
 
 
+def peak_gpu() -> int | None:
+    """Most bytes of tensors on the GPUs at once since `reset_peak`; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
 def reset_peak() -> None:
-    """Start a new peak of resident memory, where the system can (Linux)."""
+    """Start new peaks: of resident memory, where the system can (Linux), and of the GPUs'."""
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -55,7 +55,7 @@ def _run(cfg: DictConfig, single: bool) -> None:
 
         torch.set_num_threads(point.config["compute"]["threads"])
     reporter = Reporter(point.name)
-    if finished(point, point.name):
+    if finished(point):
         reporter.say(f"{point.name}: done before")
     else:
         if single:  # the whole grid of a multirun was checked before its first point

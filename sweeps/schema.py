@@ -134,6 +134,16 @@ class ComputeConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Which packed checkpoints stay once they are evaluated: `all`, `none`, or those of `pareto`-optimal points.
+
+    Dominated is a point when another of its sweep and model has no more stored bits and no worse a score.
+    """
+
+    keep: str = "all"
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -146,13 +156,13 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sweep: str = "default"  # groups the points of one study, in the records and in W&B
     results: str = "results"  # folder of the records
     cache: str | None = None  # folder of what points share; null: $CALDERA_CACHE or the user's cache folder
     seed: int = 0
     plan: bool = False  # only say what the points would take
     force: bool = False  # compute a point again although its record is there
-    keep_checkpoint: bool = True
 
 
 def register() -> None:

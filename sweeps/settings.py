@@ -32,6 +32,10 @@ def check_numbers(config: dict) -> None:
             raise UserError(f"{field}={value} must be a finite number")
         if field.endswith(".name") and value and "/" in value:
             raise UserError(f"{field}={value!r} names files: leave out the slash")
+    if "/" in config["sweep"] or config["sweep"] in ("", ".", ".."):
+        raise UserError(f"sweep={config['sweep']!r} names files: give it a word without slashes")
+    if config["checkpoint"]["keep"] not in ("all", "pareto", "none"):
+        raise UserError(f"checkpoint.keep={config['checkpoint']['keep']!r} must be all, pareto or none")
     positive = {"calibration": ("sequences", "length"), "evaluation": ("rows", "length", "batch_size", "limit")}
     least_of = {f"{g}.{n}": 2 if n == "length" else 1 for g, names in positive.items() for n in names}
     for field, least in (least_of | {"compute.threads": 0, "compute.workers": 0, "compute.spill_mb": 0}).items():

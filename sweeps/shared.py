@@ -1,19 +1,17 @@
 """What the points of a sweep share of the fit itself: factorised moments and the leading subspaces of W C.
 
 Both depend on the calibration, the seed, the damping and the transform, not on ranks and bits. They lie in the cache,
-two files a block; whoever needs one that is not there makes it. Only fits to the original model's inputs share: behind
-a compressed prefix every point has moments of its own.
+a noted file each; whoever needs one that is not there makes it, while others that need it wait. Only fits to the
+original model's inputs share: behind a compressed prefix every point has moments of its own.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from caldera import Basis, prepare
@@ -21,8 +19,11 @@ from caldera.basis import Factorised
 from caldera.files import committed
 from caldera.lowrank import Subspace
 from caldera.problem import Problem
+from sweeps.store import note_of, noted, write_note
 
-VERSION = 1  # counts up when the same settings give other factors or subspaces
+VERSION = 2  # counts up when the same settings give other factors or subspaces
+
+Made = tuple[dict[str, Tensor], dict]  # tensors, and JSON-like facts about them
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,9 @@ class Shared:
 
     folder: Path | None = None
 
-    @contextmanager
-    def block(self, index: int) -> Iterator["SharedBlock"]:
-        """What is known of a block; what it found is kept when the work on the block ends well."""
-        found = SharedBlock(self.folder, index)
-        yield found
-        found.commit()
+    def block(self, index: int) -> "SharedBlock":
+        """What is known of a block."""
+        return SharedBlock(self.folder and self.folder / f"{index:05d}")
 
 
 @dataclass
@@ -44,10 +42,8 @@ class SharedBlock:
     """Factors and subspaces of one block. `reused` and `made` count them by kind."""
 
     folder: Path | None
-    index: int
     reused: Counter = field(default_factory=Counter)
     made: Counter = field(default_factory=Counter)
-    _files: dict[str, "_File"] = field(default_factory=dict)
     _last: tuple[str, Basis] | None = None
 
     def basis(self, moments: Tensor, name: str, options: dict) -> Basis:
@@ -61,78 +57,48 @@ class SharedBlock:
         return self._last[1]
 
     def _prepared(self, moments: Tensor, name: str, options: dict) -> Basis:
-        file = self._file("factors")
-        stored = file.entries.get(name)
-        if stored:
-            facts = file.facts[name]
-            known = Factorised(stored["chol"].to(moments.device), facts["sigma"], facts["jitters"])
-            self.reused["factorisations"] += 1
-            return prepare(moments, name=name, **options, known=known)
-        basis = prepare(moments, name=name, **options)
-        self.made["factorisations"] += 1
-        file.put(name, {"chol": basis.chol}, {"sigma": basis.sigma, "jitters": basis.jitters})
-        return basis
+        fresh: list[Basis] = []
+
+        def make() -> Made:
+            basis = prepare(moments, name=name, **options)
+            fresh.append(basis)
+            return {"chol": basis.chol}, {"sigma": basis.sigma, "jitters": basis.jitters}
+
+        tensors, facts = self._once("factorisations", f"factors-{name}", make)
+        if fresh:
+            return fresh[0]
+        known = Factorised(tensors["chol"].to(moments.device), facts["sigma"], facts["jitters"])
+        return prepare(moments, name=name, **options, known=known)
 
     def problem(self, weight: Tensor, basis: Basis, name: str, rank: int) -> Problem:
         """`Problem.of(weight, basis, name)` with the subspace for that rank (0: none), perhaps from the cache."""
         problem = Problem.of(weight, basis, name)
-        if rank == 0:
-            return problem
-        file = self._file(f"subspaces-{problem.dimensions(rank)}")
-        stored = file.entries.get(name)
-        if stored:
-            problem.give(Subspace(*(stored[key].to(weight.device) for key in "usv")))
-            self.reused["subspaces"] += 1
-        else:
-            file.put(name, problem.subspace(rank)._asdict(), {})
-            self.made["subspaces"] += 1
+        if rank:
+            file = f"subspaces-{problem.dimensions(rank)}-{name}"
+            tensors, _ = self._once("subspaces", file, lambda: (problem.subspace(rank)._asdict(), {}))
+            problem.give(Subspace(*(tensors[key].to(weight.device) for key in "usv")))
         return problem
 
-    def commit(self) -> None:
-        for file in self._files.values():
-            file.commit()
+    def _once(self, kind: str, name: str, make: Callable[[], Made]) -> Made:
+        """What the file of that name holds; made, by one process, unless it is there."""
+        if self.folder is None:
+            self.made[kind] += 1
+            return make()
+        path = self.folder / f"{name}.safetensors"
+        if (facts := noted(path)) is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.folder}.lock"):
+                if (facts := noted(path)) is None:
+                    self.made[kind] += 1
+                    return _written(path, *make())
+        self.reused[kind] += 1
+        note_of(path).touch()  # says when it was used last
+        return load_file(path), facts
 
-    def _file(self, kind: str) -> "_File":
-        if kind not in self._files:
-            self._files[kind] = _File.read(self.folder and self.folder / f"{kind}-{self.index:05d}.safetensors")
-        return self._files[kind]
 
-
-@dataclass
-class _File:
-    """Named sets of tensors, and a JSON object about each."""
-
-    path: Path | None
-    entries: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    facts: dict[str, dict] = field(default_factory=dict)
-    changed: bool = False
-
-    @classmethod
-    def read(cls, path: Path | None) -> "_File":
-        """The file's content; nothing when it is not there or unreadable, so that it is made anew."""
-        file = cls(path)
-        if path is None or not path.is_file():
-            return file
-        try:
-            with safe_open(path, "pt") as opened:
-                facts = json.loads(opened.metadata()["facts"])
-                for key in opened.keys():  # noqa: SIM118 (no mapping)
-                    name, _, part = key.rpartition("/")
-                    file.entries.setdefault(name, {})[part] = opened.get_tensor(key)
-            file.facts = facts
-        except (SafetensorError, KeyError, ValueError, OSError):
-            file.entries = {}
-        return file
-
-    def put(self, name: str, tensors: dict[str, Tensor], facts: dict) -> None:
-        """Add what was found, if it is to be kept."""
-        if self.path:
-            self.entries[name] = {key: t.cpu() for key, t in tensors.items()}  # a GPU's memory is for what is computed
-            self.facts[name], self.changed = facts, True
-
-    def commit(self) -> None:
-        """Write the file if something was added."""
-        if self.changed:
-            tensors = {f"{n}/{k}": t.contiguous() for n, entry in self.entries.items() for k, t in entry.items()}
-            with committed(self.path) as part:
-                save_file(tensors, part, {"facts": json.dumps(self.facts)})
+def _written(path: Path, tensors: dict[str, Tensor], facts: dict) -> Made:
+    """Commit both; a GPU's memory is for what is computed."""
+    with committed(path) as part:
+        save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, part)
+    write_note(path, facts)
+    return tensors, facts

@@ -35,7 +35,7 @@ class Sizes:
             model, tuple(point.inventory), point.method, point.correction is not None,
             (c["sequences"], c["length"]), (e["rows"], e["length"]), tuple(e["tasks"]), e["limit"], e["batch_size"],
             4 if point.dtype == "float32" else 2, point.workers.count if point.method else 1,
-            compute["spill_mb"] * 2**20, point.config["keep_checkpoint"],
+            compute["spill_mb"] * 2**20, point.config["checkpoint"]["keep"] != "none",
         )  # fmt: skip
 
     @property

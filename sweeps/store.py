@@ -41,12 +41,12 @@ def write_sealed(path: Path, data: dict) -> None:
 def read_sealed(path: Path) -> dict | None:
     """The object in a sealed file without its checksum; None, and a warning, if it is damaged; None if it is not there.
 
-    A file without a checksum, as earlier versions wrote them, is taken as it is.
+    A record of the first schema, which had no checksum, is taken as it is.
     """
     try:
         data = json.loads(path.read_bytes())
         expected = data.pop(CHECKSUM, None)
-        if expected in (None, digest(data)):
+        if expected == digest(data) or (expected is None and data.get("schema_version") == 1):
             return data
     except FileNotFoundError:
         return None
@@ -78,7 +78,7 @@ def note_of(path: Path) -> Path:
 
 def write_note(path: Path, facts: dict, note: Path | None = None) -> None:
     """Commit a note about a file that was just written; it lies beside the file unless `note` says where."""
-    write_sealed(note or note_of(path), {"sha256": sha256(path), "facts": facts})
+    write_sealed(note or note_of(path), {"sha256": _sum_of(path), "facts": facts})
 
 
 def noted(path: Path, note: Path | None = None) -> dict | None:
@@ -86,11 +86,15 @@ def noted(path: Path, note: Path | None = None) -> dict | None:
     found = read_sealed(note or note_of(path))
     if found is None or not path.is_file():
         return None
-    stat = path.stat()
-    if _sum(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != found["sha256"]:
+    if _sum_of(path) != found["sha256"]:
         warn(f"{path} is damaged: it is made again")
         return None
     return found["facts"]
+
+
+def _sum_of(path: Path) -> str:
+    stat = path.stat()
+    return _sum(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TOP_LEVEL = {
-    "schema_version", "status", "name", "key", "sweep", "created", "config", "point", "bits", "metrics", "matrices",
+    "schema_version", "status", "name", "key", "keys", "checkpoint", "checksum", "sweep", "created", "config", "point",
+    "bits", "metrics", "matrices",
     "timings_s", "reused", "memory", "environment", "seeds", "error",
 }  # fmt: skip
 NO_TASKS = "evaluation.tasks=[]"
@@ -34,7 +35,7 @@ class Swept:
         return self.results / "points" / record["name"]
 
     def checkpoint(self, record: dict) -> Path:
-        return self.folder(record) / "checkpoint"
+        return self.results / (record["checkpoint"] or "none")
 
     def state(self) -> dict:
         """Bytes and time of every file of the points."""

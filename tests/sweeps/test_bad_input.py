@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from caldera.errors import CalderaError, NumericalError
-from sweeps import evaluate
+from sweeps import tasks
 from sweeps.pipeline import check_inputs
 from sweeps.wording import sentence
 
@@ -152,7 +152,7 @@ def test_a_text_that_does_not_exist(refusal):
 
 
 def test_a_task_that_does_not_exist(refusal, monkeypatch):
-    monkeypatch.setattr(evaluate, "_harness_tasks", lambda: SimpleNamespace(all_tasks=["mmlu"]))
+    monkeypatch.setattr(tasks, "_harness_tasks", lambda: SimpleNamespace(all_tasks=["mmlu"]))
     assert "evaluation.tasks has 'arc_eazy', which is no task" in refusal("evaluation.tasks=[arc_eazy]")
 
 

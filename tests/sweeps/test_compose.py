@@ -92,8 +92,8 @@ def test_no_yaml_holds_a_key_that_the_schema_lacks(file):
 
 
 def test_every_group_of_the_schema_has_its_options():
-    quantized, computed = {"q", "l", "r"}, {"compute"}
-    assert set(GROUPS) - quantized - computed <= {option.parts[0] for option in OPTIONS}
+    quantized, plain = {"q", "l", "r"}, {"compute", "checkpoint"}
+    assert set(GROUPS) - quantized - plain <= {option.parts[0] for option in OPTIONS}
 
 
 # ----------------------------------------------------------------------------------------------------------- quantizers

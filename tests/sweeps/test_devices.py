@@ -27,11 +27,11 @@ from caldera.streamed import Whole
 from caldera.theory import _curves
 from caldera.wiring import replay_plan
 from sweeps.calibration import ensure_calibration
-from sweeps.compress import compress
-from sweeps.evaluate import _row_losses
+from sweeps.compress import CheckpointFolder, compress
 from sweeps.fitting import Fit, MatrixJob, fit_block, fit_matrix
 from sweeps.inputs import CorrectedPrefix
 from sweeps.parallel import Workers
+from sweeps.perplexity import _row_losses
 from sweeps.progress import Reporter
 from sweeps.settings import method_of
 from sweeps.shared import SharedBlock
@@ -111,7 +111,15 @@ def test_precision_is_full_while_moments_are_collected_and_matrices_are_fitted(t
         found = ensure_calibration(tmp_path / "moments", lambda: model, lambda: rows, lambda *_: None, hidden=True)
         inputs, fit = CorrectedPrefix(found, model, rows, Correction()), Fit(PLAIN, NAMES, torch.device("cpu"))
         with Reporter("x").stage("compress") as progress:
-            compress(tmp_path / "source", lambda: model, inputs, fit, tmp_path / "packed", torch.float32, progress)
+            compress(
+                tmp_path / "source",
+                lambda: model,
+                inputs,
+                fit,
+                CheckpointFolder(tmp_path / "packed"),
+                torch.float32,
+                progress,
+            )
         assert matmul.fp32_precision == "tf32"
     assert seen == {key: {"ieee"} for key in ("collect", "decompose", "of", "_run")}
 

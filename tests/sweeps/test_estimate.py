@@ -167,7 +167,7 @@ def test_a_corrected_point_takes_the_passes_of_two_models(sizes):
 @pytest.mark.parametrize("inputs", ["original", "corrected"])
 def test_bytes_are_those_of_a_real_point(inputs, point, settings):
     job = point("rank.k=8", f"method.inputs={inputs}", "evaluation.tasks=[]", f"seed={len(inputs)}")
-    sizes = Sizes.of(job, outline_of(job.checkpoint, job.cache))
+    sizes = Sizes.of(job, outline_of(job.source, job.cache))
     record = run_point(job, Reporter(job.name))
     found = estimate(sizes, MACHINE)
     assert stored_bytes(sizes) == record["bits"]["stored_bytes"]
@@ -176,13 +176,13 @@ def test_bytes_are_those_of_a_real_point(inputs, point, settings):
     assert found.model_bits == pytest.approx(record["bits"]["model"], rel=0.02)
     moments = job.cache / "moments" / job.moments_key[:24]
     shared = job.cache / "shared" / job.shared_key[:24]
-    assert moments_bytes(sizes) == pytest.approx(bytes_of(moments, "block-*"), rel=0.05)
+    assert moments_bytes(sizes) == pytest.approx(bytes_of(moments, "block-*.safetensors"), rel=0.05)
     if inputs == "corrected":
-        assert hidden_bytes(sizes) == pytest.approx(bytes_of(moments, "hidden-*"), rel=0.05)
+        assert hidden_bytes(sizes) == pytest.approx(bytes_of(moments, "hidden-*.safetensors"), rel=0.05)
         assert factors_bytes(sizes) == subspaces_bytes(sizes) == 0
     else:
-        assert factors_bytes(sizes) == pytest.approx(bytes_of(shared, "factors-*"), rel=0.05)
-        assert subspaces_bytes(sizes) == pytest.approx(bytes_of(shared, "subspaces-*"), rel=0.05)
+        assert factors_bytes(sizes) == pytest.approx(bytes_of(shared, "*/factors-*.safetensors"), rel=0.05)
+        assert subspaces_bytes(sizes) == pytest.approx(bytes_of(shared, "*/subspaces-*.safetensors"), rel=0.05)
 
 
 def bytes_of(folder, pattern: str) -> int:

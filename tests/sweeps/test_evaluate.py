@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from caldera.errors import CalderaError, UserError
-from sweeps import evaluate
-from sweeps.evaluate import check_tasks, known_tasks, perplexity, run_tasks
+from sweeps import tasks as harness
 from sweeps.models import load_model, load_tokenizer
+from sweeps.perplexity import perplexity
+from sweeps.tasks import check_tasks, known_tasks, run_tasks
 from sweeps.texts import load_texts, token_rows
 
 DOCUMENTS = {
@@ -101,7 +102,7 @@ def test_a_broken_model_gets_no_number(rows, broken):
 # ---------------------------------------------------------------------------------------------------------------- tasks
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_local_tasks_hold_all_their_documents(name):
-    (task,) = evaluate._loaded(name).values()
+    (task,) = harness._loaded(name).values()
     assert (task.config.task, len(task.eval_docs), task.VERSION is None) == (name, DOCUMENTS[name], False)
     for doc in (task.eval_docs[0], task.eval_docs[len(task.eval_docs) - 1]):
         # Winogrande's answer is which of two prompts it is, everywhere else which of the choices
@@ -112,13 +113,13 @@ def test_local_tasks_hold_all_their_documents(name):
 def test_every_task_file_is_named_after_its_task():
     assert known_tasks() == sorted([*DOCUMENTS, "hellaswag"])
     for name in known_tasks():
-        assert evaluate._task_config(evaluate._task_folder() / f"{name}.yaml")["task"] == name
+        assert harness._task_config(harness._task_folder() / f"{name}.yaml")["task"] == name
 
 
 def test_hellaswag_loads_without_writing_beside_its_documents():
-    folder = evaluate.embedded_data() / "hf_datasets" / "hellaswag"
+    folder = harness.embedded_data() / "hf_datasets" / "hellaswag"
     before = sorted(folder.rglob("*"))
-    (task,) = evaluate._loaded("hellaswag").values()
+    (task,) = harness._loaded("hellaswag").values()
     assert len(task.dataset["validation"]) == 10042
     assert sorted(folder.rglob("*")) == before
 
@@ -145,7 +146,7 @@ def test_task_metrics_hold_their_samples_and_ignore_the_batch(smollm2_dir):
 
 def test_every_model_is_shown_the_same_examples(smollm2_dir, monkeypatch):
     model, tokenizer = tiny_llama(49152), load_tokenizer(smollm2_dir)
-    (task,) = evaluate._loaded("rte").values()
+    (task,) = harness._loaded("rte").values()
     monkeypatch.setattr(task.config, "num_fewshot", 2)
     prompts = []
     for _ in range(2):
@@ -179,7 +180,7 @@ def test_unknown_tasks_are_refused_with_the_nearest(monkeypatch):
     class Index:
         all_tasks = ["mmlu", "arc_easy"]
 
-    monkeypatch.setattr(evaluate, "_harness_tasks", Index)
+    monkeypatch.setattr(harness, "_harness_tasks", Index)
     check_tasks(["mmlu", "piqa"])
     with pytest.raises(UserError, match="has 'arc_eazy', which is no task: use for example arc_easy"):
         check_tasks(["rte", "arc_eazy"])
@@ -190,9 +191,9 @@ def test_a_task_whose_documents_cannot_be_had_is_one_sentence(monkeypatch):
         def load(self, names):
             raise ConnectionError("no network\nand a long story")
 
-    monkeypatch.setattr(evaluate, "_harness_tasks", Index)
+    monkeypatch.setattr(harness, "_harness_tasks", Index)
     with pytest.raises(UserError, match=r"evaluation.tasks: mmlu cannot be loaded \(no network\)"):
-        evaluate._loaded("mmlu")
+        harness._loaded("mmlu")
 
 
 def test_a_second_model_is_scored_on_the_tokens_of_the_first(smollm2_dir, monkeypatch):

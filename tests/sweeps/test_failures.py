@@ -48,7 +48,7 @@ def test_an_error_from_elsewhere_is_one_failed_point_and_is_made_up_for(applicat
         return real(weight, moments, method, **options)
 
     monkeypatch.setattr(fitting, "decompose", out_of_memory)
-    sweep = ["-m", "rank.k=4,2", NO_TASKS, "keep_checkpoint=false"]
+    sweep = ["-m", "rank.k=4,2", NO_TASKS, "checkpoint.keep=none"]
     code, _, errors = application(*sweep)
     swept = Swept(tmp_path / "results")
     error = swept.of(rank=4)["error"]

@@ -13,7 +13,7 @@ from caldera.correction import Correction
 from caldera.matrices import chosen
 from caldera.streamed import Whole
 from sweeps.calibration import Calibration, ensure_calibration
-from sweeps.compress import Fit, compress
+from sweeps.compress import CheckpointFolder, Fit, compress
 from sweeps.inputs import CorrectedPrefix, Original
 from sweeps.progress import Reporter
 from tests.caldera import tiny_models
@@ -248,7 +248,13 @@ def compressed(model, folder, mode: str, include=("*",), exclude=("*_gate",), ro
         reporter.say = say
     with reporter.stage("compress") as progress:
         return compress(
-            folder / "source", lambda: Whole(model), inputs, fit, folder / "packed", torch.float32, progress
+            folder / "source",
+            lambda: Whole(model),
+            inputs,
+            fit,
+            CheckpointFolder(folder / "packed"),
+            torch.float32,
+            progress,
         ).matrices
 
 

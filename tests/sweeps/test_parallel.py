@@ -14,7 +14,7 @@ from caldera.blocks import named_matrices
 from caldera.correction import Correction
 from caldera.errors import CalderaError, NumericalError, UserError
 from sweeps.calibration import ensure_calibration
-from sweeps.compress import Fit, compress, notes_of
+from sweeps.compress import CheckpointFolder, Fit, compress, notes_of
 from sweeps.inputs import CorrectedPrefix, Original
 from sweeps.models import open_model
 from sweeps.parallel import Workers, check_backend
@@ -52,10 +52,12 @@ def inputs(model, tmp_path_factory):
 
 def compressed(model, inputs, target, workers=Workers(), **options):  # noqa: B008 (frozen)
     names = frozenset(named_matrices(open_model(model).model))
-    fit = Fit(METHOD, names, torch.device("cpu"), "key")
+    fit = Fit(METHOD, names, torch.device("cpu"))
     with Reporter("test").stage("compress") as progress:
         opened = partial(open_model, model)
-        return compress(model, opened, inputs, fit, target, torch.float32, progress, workers, **options)
+        return compress(
+            model, opened, inputs, fit, CheckpointFolder(target, "key"), torch.float32, progress, workers, **options
+        )
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -163,10 +165,10 @@ def test_factors_and_subspaces_are_shared_and_change_no_byte(model, inputs, tmp_
     assert alone.shares() == first.shares() == {"blocks": 0, "factorisations": 0, "subspaces": 0}
     assert again.shares() == {"blocks": 0, "factorisations": 1, "subspaces": 1}
     assert files(tmp_path / "alone") == files(tmp_path / "first") == files(tmp_path / "again")
-    damaged = next((tmp_path / "shared").glob("factors-*"))
+    damaged = next((tmp_path / "shared").glob("*/factors-*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     mended = compressed(model, inputs("original"), tmp_path / "mended", shared=shared)
-    assert mended.shares()["factorisations"] == 0.5
+    assert mended.shares()["factorisations"] == 7 / 8
     assert files(tmp_path / "mended") == files(tmp_path / "alone")
 
 

@@ -16,7 +16,7 @@ NEUTRAL = {
     "model.name", "model.path", "model.gguf_package", "model.gguf_file", "model.revision", "model.trust_remote_code",
     "calibration.allow_overlap", "tracker.name", "tracker.mode", "tracker.project", "tracker.entity",
     "compute.device", "compute.threads", "compute.spill_mb", "compute.workers", "compute.backend",
-    "sweep", "results", "cache", "plan", "force", "keep_checkpoint",
+    "sweep", "results", "cache", "plan", "force", "checkpoint.keep",
 }  # fmt: skip
 TEXT = {"calibration.text": "embedded_validation", "evaluation.text": "embedded_validation"}
 OTHER = TEXT | {
@@ -27,7 +27,7 @@ OTHER = TEXT | {
     "method.order": "q_first", "method.moments": "identity", "method.init": "svd",
     "method.init_rank": "auto", "evaluation.tasks": [], "compute.dtype": "float16",
     "compute.device": "auto", "compute.backend": "ray", "model.name": "other",
-    "tracker.name": "wandb", "tracker.mode": "disabled",
+    "checkpoint.keep": "pareto", "tracker.name": "wandb", "tracker.mode": "disabled",
     "tracker.project": "other", "tracker.entity": "other", "model.revision": "other", "sweep": "other",
 }  # fmt: skip
 LEFT_OUT = {"budget.bits", "model.path", "model.gguf_package", "model.gguf_file", "results", "cache"}  # see below
@@ -74,14 +74,14 @@ def test_without_factors_their_quantizers_are_nothing(point):
 
 def test_the_baseline_depends_on_the_evaluation_alone(point):
     one, other = point("rank.k=4", "seed=1", "calibration.sequences=3"), point()
-    assert one.baseline_key == other.baseline_key
-    assert one.baseline_key != point("evaluation.rows=3").baseline_key
+    assert one.uncompressed.key == other.uncompressed.key
+    assert one.uncompressed.key != point("evaluation.rows=3").uncompressed.key
 
 
 @pytest.mark.parametrize("lines", [[], ["rank.k=8", "quantizer@q=e8p_3bit", "method.init=svd", "calibration.length=9"]])
 def test_the_uncompressed_model_is_one_point_whatever_a_method_would_do(point, lines):
     found, other = point("method=none", *lines), point("rank.k=4")
-    assert (found.key, found.name) == (other.baseline_key, other.baseline_name)
+    assert (found.key, found.name) == (other.uncompressed.key, other.uncompressed.name)
     assert axes(found) == uncompressed_axes(other)
 
 

@@ -13,7 +13,7 @@ from sweeps.progress import Reporter
 def test_smollm2_survives_two_bits(composed, tmp_path):
     # E8P is the quicker of the 2-bit codes by far
     rounds = ["quantizer@q=e8p_2bit", "method.outer_iterations=1", "method.inner_iterations=1"]
-    tiny = ["calibration=tiny", "evaluation=tiny", "tracker=none", f"results={tmp_path}", "keep_checkpoint=false"]
+    tiny = ["calibration=tiny", "evaluation=tiny", "tracker=none", f"results={tmp_path}", "checkpoint.keep=none"]
     point = resolve(composed(*tiny, *rounds, "method.sigma=1e-2", "rank.k=8", "calibration.sequences=16"))
     check_inputs(point)
     record = run_point(point, Reporter(point.name))

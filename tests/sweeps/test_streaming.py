@@ -10,7 +10,7 @@ from caldera.matrices import chosen
 from caldera.rows import Spill
 from caldera.streamed import Streamed, Whole
 from sweeps.calibration import ensure_calibration
-from sweeps.compress import Fit, compress
+from sweeps.compress import CheckpointFolder, Fit, compress
 from sweeps.inputs import CorrectedPrefix, Original
 from sweeps.models import load_model, open_model
 from sweeps.progress import Reporter
@@ -30,7 +30,7 @@ def fitted(source, stored, folder, out, mode: str, spill: Spill | None) -> dict[
     names = frozenset(name for name in named_matrices(source.model) if chosen(name, ["*"], EXCLUDED))
     fit = Fit(Method(**FIT), names, torch.device("cpu"))
     with Reporter("test").stage("compress") as progress:
-        compress(folder, lambda: stored, inputs, fit, out / "packed", torch.bfloat16, progress)
+        compress(folder, lambda: stored, inputs, fit, CheckpointFolder(out / "packed"), torch.bfloat16, progress)
     return {
         str(f.relative_to(out)): f.read_bytes()
         for f in sorted([*out.glob("moments/*"), *out.glob("packed/*")])

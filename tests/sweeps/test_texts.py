@@ -128,7 +128,7 @@ def test_importing_the_module_is_cheap():
     program = """
 import sys, caldera.errors
 before = set(sys.modules)
-import sweeps.evaluate, sweeps.models, sweeps.texts
+import sweeps.evaluate, sweeps.tasks, sweeps.perplexity, sweeps.models, sweeps.texts
 print(*{"torch", "datasets", "pyarrow", "transformers", "lm_eval"} & (set(sys.modules) - before))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
