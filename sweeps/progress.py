@@ -104,11 +104,16 @@ class Stage:
         logger.info(line) if self.reporter.console.is_terminal else self.reporter.say(line)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """On a full disk lines are lost, and nothing else."""
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Everything that is said, with times, in `path` too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -1,6 +1,7 @@
 """`caldera-run`: a Hydra application whose task is one point. Configuration errors are one sentence and exit code 1."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -68,13 +69,22 @@ def _run(cfg: DictConfig, single: bool) -> None:
 
 
 def main() -> None:
-    """Console script."""
+    """Console script. Interrupted or asked to end, it leaves what is finished, and says how to go on."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         app()
+    except KeyboardInterrupt:
+        print("caldera-run: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     except (CalderaError, HydraException, OmegaConfBaseException) as error:
         refuse([sentence(error)])
     except OSError as error:  # Hydra makes the results folder before any code of ours runs
         refuse([f"{error.filename} cannot be written to ({error.strerror}): choose another folder by results=..."])
+
+
+def _end(*_: object) -> None:
+    """Let everything that is open be closed."""
+    raise SystemExit(143)
 
 
 if __name__ == "__main__":
