@@ -105,7 +105,7 @@ class Stage:
 
 
 class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+    def handleError(self, record: logging.LogRecord) -> None:
         """On a full disk lines are lost, and nothing else."""
 
 

@@ -9,8 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from caldera.errors import CalderaError, UserError
 from sweeps import tasks as harness
+from sweeps.evaluate import Evaluation, halving
 from sweeps.models import load_model, load_tokenizer
 from sweeps.perplexity import perplexity
+from sweeps.progress import Reporter
 from sweeps.tasks import check_tasks, known_tasks, run_tasks
 from sweeps.texts import load_texts, token_rows
 
@@ -207,3 +209,51 @@ def test_a_second_model_is_scored_on_the_tokens_of_the_first(smollm2_dir, monkey
     monkeypatch.setattr(type(tokenizer), "__call__", refuse)
     monkeypatch.setattr(type(tokenizer), "encode", refuse)
     assert run_tasks(model, tokenizer, ["arc_easy"], **options) == first
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+class Small(torch.nn.Module):
+    """A model on a machine whose memory holds a batch of two."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.device, self.dtype = model, model.config, model.device, model.dtype
+        self.batches = []
+
+    def tie_weights(self):
+        self.model.tie_weights()
+
+    def forward(self, input_ids, **more):
+        self.batches.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.model(input_ids, **more)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(smollm2_dir, tmp_path, capsys):
+    settings = {"text": "embedded_heldout", "rows": 1, "length": 16, "tasks": ["rte"], "limit": 8, "batch_size": 8}
+    small, reporter = Small(tiny_llama(49152)), Reporter("x")
+    tokenizer = load_tokenizer(smollm2_dir)
+    rows = token_rows(load_texts("embedded_heldout"), tokenizer, 1, 16, None)
+    facts = {"text": "embedded_heldout", "tokenizer_digest": "0"}
+    given = {"rows": lambda: rows, "tokenizer": lambda: tokenizer, "facts": facts}
+    metrics = Evaluation(settings, "float32", tmp_path, "small", lambda: small, **given).run(reporter)
+    said = capsys.readouterr().err
+    assert "rte: out of memory with batches of 8, going on with 4" in said and "of 4, going on with 2" in said
+    assert metrics["rte/acc"]["measured_on"]["batch_size"] == 2 and max(small.batches) == 8
+    again = Evaluation(settings, "float32", tmp_path, "small", lambda: pytest.fail("measured"), **given)
+    assert again.run(Reporter("y")) == metrics
+
+
+def test_a_batch_of_one_that_does_not_fit_is_an_error_and_others_are_not_retried():
+    def full(batch):
+        raise MemoryError
+
+    def broken(batch):
+        assert batch == 8, "this is no matter of memory"
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(CalderaError, match="evaluation of x: out of memory at evaluation.batch_size=1"):
+        halving(full, 8, "evaluation of x")
+    with pytest.raises(RuntimeError, match="shapes"):
+        halving(broken, 8, "evaluation of x")

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from analysis.frontier import frontier_table
 from caldera import relative_error
 from caldera.checkpoint import block_file, load_dense, read_manifest, read_matrices
 from sweeps import pipeline
 from sweeps.calibration import Calibration
+from sweeps.compress import notes_of
 from sweeps.perplexity import perplexity
 from sweeps.progress import Reporter
 from sweeps.store import read_sealed, write_sealed
@@ -234,6 +236,21 @@ def test_the_uncompressed_models_record_is_the_points_own(swept, point):
     record = pipeline.run_baseline(other, Reporter("second"))
     assert record["name"] == other.uncompressed.name == other.uncompressed.folder.name
     assert (record["point"]["model"], record["sweep"]) == ("renamed", "other")
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+@pytest.mark.parametrize("keep", ["pareto", "none"])
+def test_checkpoints_of_dominated_points_may_go(application, tmp_path, keep):
+    """The 16-bit factors cost more than they gain here, or else the others do: one point at least is dominated."""
+    sweep = ["-m", "quantizer@q=e8p_2bit,uniform_1bit", "rank.k=0,4", "quantizer@l=bf16", "quantizer@r=bf16", NO_TASKS]
+    code, _, errors = application(*sweep, "method=fast", f"checkpoint.keep={keep}")
+    swept = Swept(tmp_path / "results")
+    table = frontier_table(swept.records)
+    best = set(table.loc[table["pareto"], "name"]) if keep == "pareto" else set()
+    points = [r for r in swept.records if r["checkpoint"]]
+    assert (code, errors) == (0, "") and len(points) == 4 and len(best) < 4
+    assert {r["name"] for r in points if swept.checkpoint(r).exists()} == best
+    assert {r["name"] for r in points if notes_of(swept.checkpoint(r)).exists()} == best
 
 
 # -------------------------------------------------------------------------------------------------------- other methods
