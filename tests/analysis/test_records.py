@@ -38,7 +38,7 @@ def test_a_folder_without_records_is_refused(tmp_path):
         ('{"schema_version": 1, "name": ', "is not JSON .* run the point again"),
         ("[1, 2]", "has no schema_version: .* run the point again"),
         ('{"name": "a"}', "has no schema_version: .* run the point again"),
-        ('{"schema_version": 2}', "has schema 2, newer than the known 1: update"),
+        ('{"schema_version": 3}', "has schema 3, newer than the known 2: update"),
         ('{"schema_version": 1, "name": "a", "status": "done"}', "lacks point, bits, metrics: .* run the point again"),
     ],
 )
