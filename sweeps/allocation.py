@@ -24,7 +24,7 @@ from caldera.problem import Problem, generator_of
 from caldera.rows import Spill
 from caldera.sensitivity import divergence, gradient_moments
 from caldera.streamed import Source
-from sweeps.budget import CLOSE, Budget, Choice, Scale, Table, allocated_table, as_json
+from sweeps.budget import CHOSEN, CLOSE, Budget, Choice, Scale, Table, allocated_table, as_json
 from sweeps.calibration import Calibration
 from sweeps.fitting import blamed
 from sweeps.inputs import as_original
@@ -67,7 +67,7 @@ def summary(point: Point, found: list[dict], bits: dict) -> dict | None:
     if budget is None:
         return None
     known = (read_sealed(_file(point)) if point.allocated else None) or {}
-    table = {m["name"]: {key: m[key] for key in ("rank", "q", "l", "r")} for m in found}
+    table = {m["name"]: {key: m[key] for key in CHOSEN} for m in found}
     size = bits["model_bytes" if budget.scope == "model" else "stored_bytes"]
     reached = {"bits": bits["model" if budget.scope == "model" else "stored"], "megabytes": size / 1e6}
     asked = {"bits": budget.bits, "megabytes": budget.megabytes, "scope": budget.scope}
@@ -184,7 +184,7 @@ def _curves(probe: Probe, progress: Stage) -> Errors:
 def curves_file(point: Point) -> Path:
     method, budget, names = point.method, point.budget, sorted(point.inventory)
     menu = [budget.ranks, budget.q, budget.l, budget.r]
-    facts = [VERSION, point.moments_key, asdict(method) | dict.fromkeys(("rank", "q", "l", "r")), menu, names]
+    facts = [VERSION, point.moments_key, asdict(method) | dict.fromkeys(CHOSEN), menu, names]
     return point.cache / "curves" / f"{digest(facts)[:24]}.json"
 
 

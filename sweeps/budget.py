@@ -42,6 +42,7 @@ class Choice:
         return replace(method, **asdict(self))
 
 
+CHOSEN = tuple(f.name for f in fields(Choice))
 Table = dict[str, Choice]  # by full name
 
 
@@ -62,14 +63,13 @@ def read_table(path: Path, method: Method, shapes: dict[str, list[int]]) -> Tabl
     """
     data, field = read_json(path), f"budget.table={path}"
     entries = data.get("table") or {m["name"]: m for m in data.get("matrices", [])}
-    names = [f.name for f in fields(Choice)]
     if lacking := sorted(set(shapes) - set(entries)):
         raise UserError(f"{field} has no entry for {lacking[0]}: give a record or table of this very model")
     table = {}
     for name, shape in shapes.items():
-        if lacking := [key for key in names if key not in entries[name]]:
-            raise UserError(f"{field}: {name} has no {lacking[0]}: an entry needs {', '.join(names)}")
-        choice = Choice(**{key: entries[name][key] for key in names})
+        if lacking := [key for key in CHOSEN if key not in entries[name]]:
+            raise UserError(f"{field}: {name} has no {lacking[0]}: an entry needs {', '.join(CHOSEN)}")
+        choice = Choice(**{key: entries[name][key] for key in CHOSEN})
         choice = choice if choice.rank else Choice(0, choice.q)
         try:
             choice.applied(method).spec(tuple(shape), name)

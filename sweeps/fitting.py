@@ -12,7 +12,7 @@ from caldera import Basis, Decomposition, Method, decompose, predict_error
 from caldera.devices import full_precision, release
 from caldera.matrices import Matrix
 from caldera.problem import Problem
-from sweeps.budget import Table
+from sweeps.budget import CHOSEN, Table
 from sweeps.inputs import CorrectedPrefix, Given, Original
 from sweeps.parallel import Workers
 from sweeps.shared import SharedBlock
@@ -35,6 +35,11 @@ class Fit:
     def method_of(self, name: str) -> Method:
         """How the matrix of that full name is decomposed."""
         return self.table[name].applied(self.method) if name in self.table else self.method
+
+    @property
+    def facts(self) -> dict:
+        """The method's settings; where matrices differ, without those that are each one's own."""
+        return vars(self.method) | (dict.fromkeys(CHOSEN) if self.table else {})
 
     def on(self, device: torch.device) -> "Fit":
         return replace(self, device=device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from caldera.correction import Correction
 from caldera.method import Method
 from caldera.quantizers import get_quantizer
-from sweeps.budget import Budget, Choice, Scale, Table, as_json
+from sweeps.budget import CHOSEN, Budget, Choice, Scale, Table, as_json
 from sweeps.parallel import Workers, gpu_count, thread_count
 from sweeps.paths import default_cache
 from sweeps.shared import VERSION as SHARED_VERSION
@@ -69,7 +69,7 @@ class Point:
         """What the fit depends on where matrices differ: the choices, or what they follow from."""
         if not (self.table or self.allocated):
             return {}
-        same = dict.fromkeys(("rank", "q", "l", "r"))
+        same = dict.fromkeys(CHOSEN)
         return same | {"table": as_json(self.table)} if self.table else same | {"budget": self.budget.facts}
 
     @property

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from caldera.checkpoint import read_manifest
 from sweeps.allocation import chosen, costs_file, curves_file, key_of, report
 from sweeps.budget import Budget, Choice, Scale
 from sweeps.outline import outline_of
@@ -151,7 +152,7 @@ def test_a_table_that_is_fed_back_gives_the_same_bytes(form, allocated, resolved
     found = run_point(again, Reporter(again.name))
     assert found["allocation"]["table"] == record["allocation"]["table"]
     shards = [sorted(p.checkpoint.glob("*.safetensors")) for p in (job, again)]
-    assert len(shards[0]) == 3
+    assert len(shards[0]) == 3 and read_manifest(again.checkpoint)["method"]["q"] is None
     assert [f.read_bytes() for f in shards[0]] == [f.read_bytes() for f in shards[1]]
 
 
