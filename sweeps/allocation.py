@@ -33,7 +33,7 @@ from sweeps.progress import Reporter, Stage, warn
 from sweeps.shared import Shared, SharedBlock
 from sweeps.store import digest, once, read_sealed
 
-VERSION = 1  # counts up when the same settings give other errors, costs or choices
+VERSION = 1  # counts up, with FIT_VERSION, when the same settings give other errors, costs or choices
 TINY = 1e-12
 Errors = dict[str, dict[str, float]]  # relative errors of a matrix by `key_of` a choice
 
@@ -80,8 +80,9 @@ def report(point: Point, table: Table, reporter: Reporter) -> None:
     budget, scale = point.budget, point.scale
     if budget is None or budget.strategy == "table":
         return
-    size = scale.total(table or {name: Choice.of(point.method, point.method.rank) for name in scale.shapes})
-    reached, share = scale.amount(budget, size), size / scale.limit(budget)
+    table = table or {name: Choice.of(point.method, point.method.rank) for name in scale.shapes}
+    scale = scale.only(table)
+    reached, share = scale.amount(budget, scale.total(table)), scale.total(table) / scale.limit(budget)
     unit = "bits" if budget.megabytes is None else "megabytes"
     reporter.say(f"  budget: {budget.asked}, reached {reached:.4f} {unit}")
     if share < CLOSE:
@@ -116,7 +117,7 @@ def chosen(budget: Budget, scale: Scale, errors: Errors, costs: dict[str, float]
     def loss(name: str, choice: Choice) -> float:
         return weights[name] * lines[name].error(choice) ** 2
 
-    table = allocated_table(budget, scale, errors, loss)
+    table = allocated_table(budget, scale.only(errors), loss)
     expected = None if costs is None else sum(loss(name, choice) for name, choice in table.items())
     return {"table": as_json(table), "predicted_divergence": expected}
 

@@ -194,6 +194,15 @@ class Scale:
     parameters: int
     rest: int = 0
     headers: bool = False
+    itemsize: int = 2  # bytes of a number that is not compressed
+
+    def only(self, names: Iterable[str]) -> "Scale":
+        """Where the other matrices are left as they are."""
+        shapes = {name: self.shapes[name] for name in names}
+        left = sum(m * n for m, n in self.shapes.values()) - sum(m * n for m, n in shapes.values())
+        if self.headers:
+            return replace(self, shapes=shapes, rest=self.rest + left * self.itemsize)
+        return replace(self, shapes=shapes, parameters=self.parameters - left)
 
     @cached_property
     def _input(self) -> str:
@@ -244,11 +253,11 @@ def uniform_table(budget: Budget, scale: Scale) -> Table:
     return table
 
 
-def allocated_table(budget: Budget, scale: Scale, names: Iterable[str], loss: Callable[[str, Choice], float]) -> Table:
-    """Of the menu of each of these matrices the choice with which all losses add up to little; what is left then buys
-    rank between those of the menu. Raises UserError when nothing fits.
+def allocated_table(budget: Budget, scale: Scale, loss: Callable[[str, Choice], float]) -> Table:
+    """Of each matrix' menu the choice with which all losses add up to little; what is left then buys rank between
+    those of the menu. Raises UserError when nothing fits.
     """
-    menus = {name: budget.choices(scale.shapes[name], budget.ranks) for name in names}
+    menus = {name: budget.choices(shape, budget.ranks) for name, shape in scale.shapes.items()}
     least = scale.rest + sum(min(scale.bytes(name, choice) for choice in menu) for name, menu in menus.items())
     if least > scale.limit(budget):
         raise _too_little(budget, scale.amount(budget, least), "the cheapest choices of its menu take")
@@ -273,7 +282,7 @@ def guessed_table(budget: Budget, scale: Scale) -> Table:
         (m, n), bits = scale.shapes[name], 0 if choice.q == "none" else get_quantizer(choice.q).bits
         return m * n * 4.0**-bits * (1 - choice.rank / (2 * min(m, n)))
 
-    return allocated_table(budget, scale, scale.shapes, loss)
+    return allocated_table(budget, scale, loss)
 
 
 def _too_little(budget: Budget, least: float, what: str) -> UserError:

@@ -58,7 +58,7 @@ def _scale(budget: Budget, method: Method, shapes: dict, directory: Path, truste
     if budget.scope == "matrices":
         return Scale(method, shapes, sum(m * n for m, n in shapes.values()))
     rest, parameters = rest_of_files(directory, trusted, frozenset(shapes), dtype)
-    return Scale(method, shapes, parameters, rest, headers=True)
+    return Scale(method, shapes, parameters, rest, headers=True, itemsize=4 if dtype == "float32" else 2)
 
 
 def _decided(budget: Budget, scale: Scale) -> dict:

@@ -260,6 +260,15 @@ def test_what_costs_more_gets_more_bits(scale):
     assert chosen(menu(3.0), scale, errors(menu(3.0)), None)["predicted_divergence"] is None
 
 
+def test_matrices_that_no_token_reaches_are_left_out_of_what_is_counted(scale):
+    found = chosen(menu(3.0), scale, {k: v for k, v in errors(menu(3.0)).items() if k != "m3"}, None)["table"]
+    table = {name: Choice(**entry) for name, entry in found.items()}
+    sizes = [SHAPES[name][0] * SHAPES[name][1] for name in table]
+    assert set(table) == {"m0", "m1", "m2"} and 2.9 < 8 * scale.total(table) / sum(sizes) <= 3.0
+    files = replace(scale, parameters=10**5, rest=1000, headers=True)
+    assert files.only(table).total(table) - files.total(table) == 2 * SHAPES["m3"][0] * SHAPES["m3"][1]
+
+
 @given(st.floats(2.1, 4.4), st.floats(0.3, 2.0))
 @hypothesis_settings(max_examples=25, deadline=None)
 def test_a_budget_is_never_exceeded_and_always_filled(bits, gain):
