@@ -9,7 +9,7 @@ into nats a token. What errors of different matrices do together is left out.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,6 +39,7 @@ def gradient_moments(
     row's logits; hidden states of all blocks, which spill. `progress` hears of every row that went through a block,
     and of every row that came back.
     """
+    spill = spill and replace(spill, limit=spill.limit // (model.count + 2))  # all blocks' together stay within it
     with model.outside(head=True) as whole:
         stream = Stream.open(whole, rows, spill)
         entering, form = _entering(model, stream, spill, progress)

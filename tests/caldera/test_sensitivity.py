@@ -7,6 +7,7 @@ from torch import Tensor
 from caldera.basis import prepare
 from caldera.blocks import named_matrices
 from caldera.problem import Problem
+from caldera.rows import Spill
 from caldera.sensitivity import divergence, gradient_moments
 from sweeps.models import open_model
 from tests.caldera.tiny_models import FAMILIES, LAYERS, llama, plain_inputs, token_rows
@@ -40,7 +41,8 @@ def by_the_whole_model(model, rows: Tensor) -> dict[str, Tensor]:
 def test_block_by_block_gradients_are_those_of_the_whole_model(family, tmp_path):
     model, rows = FAMILIES[family](), token_rows()
     names, found = list(named_matrices(model)), {}
-    for index, sums in gradient_moments(opened(model, tmp_path), rows, names, generator()):
+    spill = Spill(tmp_path, limit=1)  # everything
+    for index, sums in gradient_moments(opened(model, tmp_path), rows, names, generator(), spill):
         assert index == LAYERS - 1 - len({name.split(".layers.")[-1][0] for name in found})
         found |= sums
     expected = by_the_whole_model(model, rows)
