@@ -131,9 +131,9 @@ class Marks:
         axes.plot(row[x], row[y], **look, gid=f"point:{row['name']}", zorder=layer + 0.5)
 
     def label(self, row: pd.Series) -> str:
-        """What stands beside a Pareto-optimal mark: its rank and, where there are factors, their bits."""
-        factors = _factors(row)
-        return f"rank {_rank(row)[-1]}" + (f", {factors[-1]}-bit L, R" if factors else "")
+        """What stands beside a Pareto-optimal mark: its rank, or what chose ranks, and the bits of factors, if any."""
+        (kind, _, rank), factors = _rank(row), _factors(row)
+        return (rank if kind == 1 else f"rank {rank}") + (f", {factors[-1]}-bit L, R" if factors else "")
 
     def legend(self) -> dict[str, list[Line2D]]:
         """The handles below each heading; headings without entries are left out."""
@@ -169,7 +169,9 @@ def _key(value) -> tuple:
 
 
 def _rank(row: pd.Series) -> tuple:
-    return _key(row.get("rank"))
+    """The rank; where matrices differ in it, the strategy of the budget that chose them."""
+    rank = row.get("rank")
+    return _key(row.get("budget") if pd.isna(rank) else rank)
 
 
 def _quantizer(row: pd.Series) -> tuple:

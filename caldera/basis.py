@@ -145,7 +145,7 @@ def prepare(
         h = torch.eye(moments.shape[0], device=moments.device)
     else:
         h = unit_mean(moments)
-        h = _into_both(h, seed, name) if transformed else h
+        h = into_both(h, seed, name) if transformed else h
         h = (h + h.T) / 2
     if known is None:
         jitters = []
@@ -177,13 +177,13 @@ def downdated(basis: Basis, right: Tensor, what: str, jitters: list) -> Basis:
     return replace(basis, moments=h, chol=chol, sigma=sigma, identity=False, _feedback={})
 
 
-def _into_both(h: Tensor, seed: int, name: str) -> Tensor:
+def into_both(h: Tensor, seed: int, name: str) -> Tensor:
     """T S H S T^T."""
     sign = hadamard.signs(h.shape[0], seed, f"{name}/in", device=h.device)
     return hadamard.transform(hadamard.transform(h * sign * sign[:, None]).T.contiguous())
 
 
 def _out_of_both(h: Tensor, seed: int, name: str) -> Tensor:
-    """The inverse of `_into_both`."""
+    """The inverse of `into_both`."""
     sign = hadamard.signs(h.shape[0], seed, f"{name}/in", device=h.device)
     return hadamard.inverse(hadamard.inverse(h).T.contiguous()) * sign * sign[:, None]

@@ -92,7 +92,7 @@ class Stream:
             raise Stop
 
         arguments = _arguments(model, blocks, rows[:1])
-        with _instead([(blocks[0], keep)]):
+        with instead([(blocks[0], keep)]):
             for row in rows:
                 with suppress(Stop):
                     model(row[None], use_cache=False)
@@ -142,13 +142,13 @@ def _passed(model: nn.Module, blocks: nn.ModuleList, row: Tensor, form: Callable
             raise Stop
         return form(hidden)
 
-    with _instead([(block, note) for block in blocks]), suppress(Stop):
+    with instead([(block, note) for block in blocks]), suppress(Stop):
         model(row, use_cache=False)
     return arguments
 
 
 @contextmanager
-def _instead(pairs: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+def instead(pairs: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Meanwhile each module's forward is that function."""
     with ExitStack() as undo:
         for module, function in pairs:

@@ -19,7 +19,7 @@ from caldera.files import sha256, write_json
 from caldera.layers import place
 from caldera.packed import MatrixSpec, PackedMatrix
 from caldera.shards import mark_config, read_specs, verify_metadata, write_index
-from caldera.tensorfile import write_tensors
+from caldera.tensorfile import Layout, file_bytes, write_tensors
 
 VERSION = 1
 MANIFEST, REST = "manifest.json", "model-rest.safetensors"
@@ -34,9 +34,18 @@ def write_matrices(directory: Path, file: str, matrices: Iterable[PackedMatrix])
     """Commit one shard; the specs travel in its metadata, so that a shard is readable alone."""
     matrices = list(matrices)
     tensors = {f"{m.spec.name}.{key}": t.contiguous().cpu() for m in matrices for key, t in m.tensors.items()}
-    specs = json.dumps([m.spec.to_json() for m in matrices])
-    layout = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    write_tensors(directory / file, layout, lambda name: [tensors[name]], {"format": "pt", "matrices": specs})
+    layout, metadata = _shard([m.spec for m in matrices])
+    write_tensors(directory / file, layout, lambda name: [tensors[name]], metadata)
+
+
+def shard_bytes(specs: list[MatrixSpec]) -> int:
+    """Size of the file that `write_matrices` makes of such matrices."""
+    return file_bytes(*_shard(specs))
+
+
+def _shard(specs: list[MatrixSpec]) -> tuple[Layout, dict[str, str]]:
+    layout = {f"{s.name}.{key}": (t.dtype, tuple(t.shape)) for s in specs for key, t in s.layout().items()}
+    return layout, {"format": "pt", "matrices": json.dumps([s.to_json() for s in specs])}
 
 
 def write_rest(
@@ -50,6 +59,16 @@ def write_rest(
 
     `read(name)` gives a tensor's values, one at a time, where `state` has them without data.
     """
+    layout, read = _rest(state, covered, dtype), read or state.__getitem__
+    write_tensors(directory / REST, layout, lambda name: [read(name).to(layout[name][0])], {"format": "pt"})
+
+
+def rest_bytes(state: dict[str, Tensor], covered: set[str], dtype: torch.dtype) -> int:
+    """Size of the file that `write_rest` makes of a state."""
+    return file_bytes(_rest(state, covered, dtype), {"format": "pt"})
+
+
+def _rest(state: dict[str, Tensor], covered: set[str], dtype: torch.dtype) -> Layout:
     seen, layout = set(), {}
     for name, tensor in state.items():
         same = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.shape, tensor.stride())
@@ -57,8 +76,7 @@ def write_rest(
             continue
         seen.add(same)
         layout[name] = (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-    read = read or state.__getitem__
-    write_tensors(directory / REST, layout, lambda name: [read(name).to(layout[name][0])], {"format": "pt"})
+    return layout
 
 
 def write_manifest(directory: Path, details: dict) -> None:

@@ -52,9 +52,14 @@ class Matrix:
         """Name of what runs together: the layer, or the matrices of all experts."""
         return self.parameter.removesuffix(".weight")
 
+    def part(self, whole: Tensor) -> Tensor:
+        """What belongs to the matrix, as (m, n), of a tensor that is shaped as its parameter; a view."""
+        stored = whole if self.expert is None else whole[self.expert]
+        return stored.T if self.transposed else stored
+
     def read(self) -> Tensor:
         """W (m, n), a view."""
-        return self.stored.detach().T if self.transposed else self.stored.detach()
+        return self.part(self.whole.detach())
 
     def write(self, weight: Tensor) -> None:
         """Put W (m, n) in its place, in the place's dtype; one without data is given data of W's dtype first."""

@@ -33,8 +33,8 @@ class Whole:
         return _copied(self.blocks[index]).to(device=device, dtype=dtype)
 
     @contextmanager
-    def outside(self) -> Iterator[nn.Module]:
-        """The model with all that embeds rows and makes the blocks' arguments."""
+    def outside(self, head: bool = False) -> Iterator[nn.Module]:
+        """The model with all that embeds rows and makes the blocks' arguments; with `head`, all that gives logits."""
         yield self.model
 
     def state(self) -> dict[str, Tensor]:
@@ -58,10 +58,11 @@ class Streamed:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @contextmanager
-    def outside(self) -> Iterator[nn.Module]:
-        """The model with data for what lies outside of the blocks, but for a head that is not tied."""
-        blocks = {id(p) for p in decoder_blocks(self.model)[1].parameters()}
-        _fill(self.model, self._reader("", self.dtype, self.device), blocks | _own_head(self.model), self.device)
+    def outside(self, head: bool = False) -> Iterator[nn.Module]:
+        """The model with data for what lies outside of the blocks; one for a head that is not tied if it is wanted."""
+        without = {id(p) for p in decoder_blocks(self.model)[1].parameters()}
+        without |= set() if head else _own_head(self.model)
+        _fill(self.model, self._reader("", self.dtype, self.device), without, self.device)
         try:
             yield self.model
         finally:

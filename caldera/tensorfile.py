@@ -29,13 +29,22 @@ def write_tensors(
     With metadata the header is sorted: the library orders metadata at random, and the same tensors are to give the
     same bytes.
     """
-    rank = {dtype: -place for place, dtype in enumerate(NAMES)}
-    names = sorted(layout, key=lambda name: (rank[layout[name][0]], name))
+    names = _ordered(layout)
     with committed(path) as part, part.open("wb") as stream:
         stream.write(_header(names, layout, metadata))
         for name in names:
             written = sum(stream.write(raw(piece)) for piece in pieces(name))
             assert written == _size(*layout[name]), name
+
+
+def file_bytes(layout: Layout, metadata: dict[str, str] | None = None) -> int:
+    """How large the file of such tensors is."""
+    return len(_header(_ordered(layout), layout, metadata)) + sum(_size(*entry) for entry in layout.values())
+
+
+def _ordered(layout: Layout) -> list[str]:
+    rank = {dtype: -place for place, dtype in enumerate(NAMES)}
+    return sorted(layout, key=lambda name: (rank[layout[name][0]], name))
 
 
 def raw(tensor: Tensor) -> memoryview:

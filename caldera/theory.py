@@ -96,32 +96,34 @@ def _noise(rows: int, columns: int, generator: torch.Generator, like: Tensor) ->
 
 # ------------------------------------------------------------------------------------------------------------- rounding
 @cache
-def _curves(quantizer: str, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """White variance and lost share alpha at RATIOS: rows of `columns` Gaussians, rounded with the scales of others."""
+def _measured(quantizer: str, columns: int, ratio: float) -> tuple[float, float]:
+    """White variance and lost share alpha at a ratio: rows of Gaussians, rounded with the scales of others."""
     with unset_fake_temporarily():  # what is kept must be real
         q, generator = get_quantizer(quantizer), torch.Generator().manual_seed(0)
         fitted, other = (torch.randn(-(-SAMPLE // columns), columns, generator=generator) for _ in range(2))
-        scales, white, lost = q.fit(fitted), [], []
-        for ratio in RATIOS:
-            x = fitted * min(ratio, 1.0) ** 0.5 + other * max(ratio - 1.0, 0.0) ** 0.5
-            error = x - q.decode(q.encode(x, scales), scales, columns)
-            lost.append(float((error * x).mean() / x.square().mean()))
-            white.append(float((error - lost[-1] * x).square().mean()))
-    return np.array(white), np.array(lost)
+        scales = q.fit(fitted)
+        x = fitted * min(ratio, 1.0) ** 0.5 + other * max(ratio - 1.0, 0.0) ** 0.5
+        error = x - q.decode(q.encode(x, scales), scales, columns)
+        lost = float((error * x).mean() / x.square().mean())
+        return float((error - lost * x).square().mean()), lost
 
 
-def _rounding(quantizer: str, columns: int, ratio: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+def _sampled(quantizer: str, columns: int) -> int:
+    """Columns of what is rounded; with one scale a matrix the shape is free: long enough for a trellis code."""
+    return columns if get_quantizer(quantizer).granularity else SAMPLE // RUN
+
+
+def _rounding(quantizer: str, columns: int, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """White variance, in units of the fitted one, and alpha for inputs of `ratio` times the fitted variance."""
-    # with one scale a matrix the shape is free: columns long enough for a trellis code
-    columns = columns if get_quantizer(quantizer).granularity else SAMPLE // RUN
-    (white, lost), x, at = _curves(quantizer, columns), np.log2(ratio), np.log2(RATIOS)
+    points = [_measured(quantizer, _sampled(quantizer, columns), r) for r in RATIOS.tolist()]
+    (white, lost), x, at = np.array(points).T, np.log2(ratio), np.log2(RATIOS)
     return np.exp(np.interp(x, at, np.log(white))), np.interp(x, at, lost)
 
 
 def _mse(quantizer: str, columns: int) -> float:
     """Mean squared error of unit Gaussians that the scales were fitted on."""
-    white, lost = _rounding(quantizer, columns, 1.0)
-    return float(white + lost**2)
+    white, lost = _measured(quantizer, _sampled(quantizer, columns), 1.0)
+    return white + lost**2
 
 
 # ------------------------------------------------------------------------------------------------------------- backbone

@@ -178,7 +178,7 @@ def compress(
         progress.reporter.say(f"  warning: not compressed, as no calibration token reaches them: {', '.join(left)}")
     held = covered(model.model, {s["name"] for s in found.matrices})
     write_rest(target.directory, model.state(), held, dtype, model.read)
-    write_manifest(target.directory, {"method": vars(fit.method)})
+    write_manifest(target.directory, {"method": fit.facts})
     return found
 
 

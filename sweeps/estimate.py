@@ -23,7 +23,7 @@ from sweeps.sizes import (
     subspaces_bytes,
 )
 
-STAGES = ("baseline", "calibrate", "compress", "load", "perplexity", "tasks")
+STAGES = ("baseline", "calibrate", "allocate", "compress", "load", "perplexity", "tasks")
 # documents, requests a document, mean and largest number of tokens of a request, with SmolLM2's tokenizer
 TASKS = {
     "arc_challenge": (299, 4, 37, 131), "arc_easy": (570, 4, 32, 105), "boolq": (3270, 2, 146, 1292),
@@ -95,6 +95,8 @@ def estimate(sizes: Sizes, machine: Machine, keys: dict[str, str] | None = None,
     if sizes.method is not None:
         if keys.get("moments") not in held:
             stages["calibrate"] = _calibrate(sizes, machine)
+        if sizes.budget and not {keys.get("curves"), keys.get("sensitivity")} <= held | {None}:
+            stages["allocate"] = _allocate(sizes, machine)
         stages["compress"] = _compress(sizes, machine, keys.get("factors") in held, keys.get("subspaces") in held)
         stages["load"] = _load(sizes, machine)
         stages["perplexity"], stages["tasks"] = _perplexity(sizes, machine), _tasks(sizes, machine)
@@ -152,15 +154,17 @@ def _activations(sizes: Sizes) -> float:
 
 
 def _compress(sizes: Sizes, machine: Machine, factors: bool, subspaces: bool) -> Stage:
-    method, shapes, groups = sizes.method, Counter(sizes.shapes()), sizes.fitted_groups()
+    method, jobs, groups = sizes.method, sizes.jobs(), sizes.fitted_groups()
     work = costs.total(costs.basis(n, method) * count for n, count in Counter(g.width for g in groups).items())
     if factors and not sizes.corrected:
         work += Work(alone=-sum(g.width**3 / 3 for g in groups))
-    if method.rank and not (subspaces and not sizes.corrected):
-        wide = {(m, n): costs.dimensions(method.rank, m, n) for m, n in shapes}
-        work += costs.total(costs.subspace(*shape, wide[shape]) * count for shape, count in shapes.items())
+    if not subspaces or sizes.corrected:
+        ranked = [
+            (shape, costs.dimensions(own.rank, *shape), count) for (shape, own), count in jobs.items() if own.rank
+        ]
+        work += costs.total(costs.subspace(*shape, wide) * count for shape, wide, count in ranked)
     for part in (costs.decomposition, costs.measurement, costs.prediction):
-        work += costs.total(part(m, n, method) * count for (m, n), count in shapes.items())
+        work += costs.total(part(*shape, own) * count for (shape, own), count in jobs.items())
     written = stored_bytes(sizes) + rest_bytes(sizes)
     shared = (0 if factors else factors_bytes(sizes)) + (0 if subspaces else subspaces_bytes(sizes))
     work += Work(disk=2 * written + shared + 4.0 * sizes.model.in_blocks)
@@ -168,6 +172,29 @@ def _compress(sizes: Sizes, machine: Machine, factors: bool, subspaces: bool) ->
     kept = written + FILES if sizes.keep else 0.0
     fixed = STARTED["compress"] + STARTED["workers"] * (sizes.workers > 1)
     return _stage("compress", work, machine, _fitting_memory(sizes), kept + shared, fixed, sizes.workers)
+
+
+def _allocate(sizes: Sizes, machine: Machine) -> Stage:
+    """Predicted errors of a menu's choices, and gradients on a few rows."""
+    budget, shapes = sizes.budget, Counter(sizes.shapes())
+    widths = Counter(group.width for group in sizes.fitted_groups())
+    work = costs.total(costs.basis(n, sizes.method) * count for n, count in widths.items())
+    for (m, n), count in shapes.items():
+        choices = budget.choices([m, n], budget.ranks)
+        wide = costs.dimensions(max(choice.rank for choice in choices), m, n)
+        known = costs.transforms(m, n) + costs.subspace(m, n, wide) + Work(single=2.0 * m * n**2)
+        predicted = costs.total(costs.prediction(m, n, choice.applied(sizes.method)) for choice in choices)
+        work += (known + predicted) * count
+    if budget.sensitivity == "fisher":
+        work += _gradients(sizes, budget.sensitivity_rows)
+    return _stage("compress", work, machine, _fitting_memory(sizes) + _opened(sizes))
+
+
+def _gradients(sizes: Sizes, rows: int) -> Work:
+    """Rows forth, forth once more and back, which is twice as much; the sums of all matrices' g^T g."""
+    model, length = sizes.model, sizes.calibration[1]
+    passes = costs.forward(model, rows * length, length, sizes.itemsize, head=True) * 4
+    return passes + Work(single=2.0 * rows * sum(m * n**2 for m, n in sizes.shapes()))
 
 
 def _prefix(sizes: Sizes) -> Work:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from caldera import Basis, Decomposition, Method, decompose, predict_error
 from caldera.devices import full_precision, release
 from caldera.matrices import Matrix
 from caldera.problem import Problem
+from sweeps.budget import CHOSEN, Table
 from sweeps.inputs import CorrectedPrefix, Given, Original
 from sweeps.parallel import Workers
 from sweeps.shared import SharedBlock
@@ -21,11 +22,24 @@ Inputs = Original | CorrectedPrefix
 
 @dataclass(frozen=True)
 class Fit:
-    """What every matrix is compressed with: the method, which matrices (full names), where to compute."""
+    """What matrices are compressed with: the method, which ones (full names), where to compute.
+
+    `table` has the ranks and quantizers of matrices that differ from the method's.
+    """
 
     method: Method
     names: frozenset[str]
     device: torch.device
+    table: Table = field(default_factory=dict)
+
+    def method_of(self, name: str) -> Method:
+        """How the matrix of that full name is decomposed."""
+        return self.table[name].applied(self.method) if name in self.table else self.method
+
+    @property
+    def facts(self) -> dict:
+        """The method's settings; where matrices differ, without those that are each one's own."""
+        return vars(self.method) | (dict.fromkeys(CHOSEN) if self.table else {})
 
     def on(self, device: torch.device) -> "Fit":
         return replace(self, device=device)
@@ -109,7 +123,7 @@ class _Maker:
         with blamed(group):
             basis = self.known.basis(self.given.moments.to(self.fit.device), group, self.fit.method.basis_options)
         with blamed(self.full):
-            wanted, method = self.given.target(self.name, self._weight()), self.fit.method
+            wanted, method = self.given.target(self.name, self._weight()), self.fit.method_of(self.full)
             problem = self.known.problem(wanted, basis, self.full, method.rank) if one_by_one else None
             return MatrixJob(self.full, wanted, self.given.moments, basis, method, problem)
 

@@ -18,18 +18,37 @@ def inventory(directory: Path, cache: Path, trust_remote_code: bool = False) -> 
 
 
 def _shapes(directory: Path, trust_remote_code: bool) -> dict[str, list[int]]:
+    from caldera.blocks import named_matrices
+
+    return {name: list(m.shape) for name, m in named_matrices(_without_data(directory, trust_remote_code)).items()}
+
+
+@functools.cache
+def rest_of_files(directory: Path, trust_remote_code: bool, names: frozenset[str], dtype: str) -> tuple[int, int]:
+    """Of a checkpoint in which the matrices of these names are packed: bytes of the tensor files without them, and
+    parameters of the whole model."""
+    import torch
+
+    from caldera.blocks import covered, decoder_blocks
+    from caldera.checkpoint import rest_bytes, shard_bytes
+
+    model = _without_data(directory, trust_remote_code)
+    model.tie_weights()
+    rest = rest_bytes(model.state_dict(keep_vars=True), covered(model, names), getattr(torch, dtype))
+    blocks = len(decoder_blocks(model)[1])
+    return rest + blocks * shard_bytes([]), sum(p.numel() for p in model.parameters())
+
+
+def _without_data(directory: Path, trust_remote_code: bool):
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from caldera.blocks import named_matrices
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={directory} is no causal language model: {str(error).splitlines()[0]}") from error
-    return {name: list(matrix.shape) for name, matrix in named_matrices(model).items()}
 
 
 def chosen_of(shapes: dict[str, list[int]], model: dict) -> dict[str, list[int]]:

@@ -86,6 +86,8 @@ def _commit_failure(point: Point, reporter: Reporter, error: Exception) -> None:
 def _compute(point: Point, reporter: Reporter) -> dict:
     if point.method is None:
         return _uncompressed(point, reporter)
+    from sweeps.allocation import summary
+
     baseline = run_baseline(point, reporter)
     point.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{point.checkpoint}.lock"):  # another evaluation of the same weights may want them too
@@ -94,6 +96,7 @@ def _compute(point: Point, reporter: Reporter) -> dict:
         bits = records.bits_of(compressed.matrices, point.checkpoint, baseline["bits"]["model_parameters"])
     record = records.skeleton(point, axes(point), "done")
     record |= {"metrics": metrics, "matrices": compressed.matrices, "timings_s": reporter.timings, "bits": bits}
+    record["allocation"] = summary(point, compressed.matrices, bits)
     record["reused"] = reporter.reused | compressed.shares()
     record["memory"]["workers_peak_rss_bytes"] = compressed.peak_rss_bytes
     return record
@@ -138,11 +141,25 @@ def compress_point(point: Point, reporter: Reporter, target: Path):
     if found := place.finished():
         return found
     inputs = _inputs(point, reporter)
-    fit = Fit(point.method, frozenset(point.inventory), torch.device(point.device))
     shared = Shared(point.cache / "shared" / point.shared_key[:24] if point.correction is None else None)
+    table = _budgeted(point, reporter, inputs.calibration, shared)
+    fit = Fit(point.method, frozenset(point.inventory), torch.device(point.device), table)
     with reporter.stage("compress") as progress:
         options = {"workers": point.workers, "shared": shared}
         return compress(point.source, _stored(point), inputs, fit, place, _dtype(point), progress, **options)
+
+
+def _budgeted(point: Point, reporter: Reporter, calibration, shared) -> dict:
+    """The choices for matrices that differ from the point's method: see `sweeps.allocation`."""
+    from sweeps.allocation import Probe, decided, report
+
+    def probe() -> Probe:
+        rows, original = functools.partial(_rows, point, "calibration"), functools.partial(_original, point)
+        return Probe(point, calibration, _stored(point), original, rows, _spill(point), shared)
+
+    table = decided(probe, point, reporter)
+    report(point, table, reporter)
+    return table
 
 
 def _inputs(point: Point, reporter: Reporter):

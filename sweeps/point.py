@@ -1,12 +1,13 @@
 """A run, ready to go: what was asked for and what it depends on, by hashes of exactly that."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from caldera.correction import Correction
 from caldera.method import Method
 from caldera.quantizers import get_quantizer
+from sweeps.budget import CHOSEN, Budget, Choice, Scale, Table, as_json
 from sweeps.parallel import Workers, gpu_count, thread_count
 from sweeps.paths import default_cache
 from sweeps.shared import VERSION as SHARED_VERSION
@@ -14,6 +15,7 @@ from sweeps.store import digest
 from sweeps.texts import text_digest
 
 WORTHWHILE = 20_000_000  # weights to compress for which it pays to start processes
+MIXED = "mixed"
 FIT_VERSION = 3  # counts up when the same settings give another checkpoint
 
 
@@ -32,13 +34,16 @@ class Point:
     evaluation_key: str
     model_key: str  # fingerprint of the uncompressed model
     inventory: dict[str, list[int]]  # shape (m, n) of every matrix that is compressed
+    budget: Budget | None = None
+    scale: Scale | None = None  # what the budget is measured by
+    table: Table = field(default_factory=dict)  # of matrices that differ; an allocated one is known once it runs
 
     @cached_property
     def fit_key(self) -> str:
         """What the weights that are evaluated depend on."""
         if self.method is None:
             return digest([self.model_key, self.dtype])
-        fit = asdict(self.method) | ({} if self.method.rank else {"l": None, "r": None})
+        fit = asdict(self.method) | ({} if self.method.rank else {"l": None, "r": None}) | self._mixture
         corrected = self.correction and asdict(self.correction)
         names = sorted(self.inventory)
         return digest([FIT_VERSION, self.moments_key, fit, corrected, names, self.config["method"]["name"], self.dtype])
@@ -53,6 +58,19 @@ class Point:
         kinds = ("fit", "evaluation", "model") if self.method is None else ("fit", "moments", "evaluation", "model")
         found = {kind: getattr(self, f"{kind}_key") for kind in kinds}
         return found if self.method is None else found | {"shared": self.shared_key}
+
+    @property
+    def allocated(self) -> bool:
+        """Whether ranks and bits are chosen when the point runs."""
+        return self.budget is not None and self.budget.strategy == "allocated"
+
+    @property
+    def _mixture(self) -> dict:
+        """What the fit depends on where matrices differ: the choices, or what they follow from."""
+        if not (self.table or self.allocated):
+            return {}
+        same = dict.fromkeys(CHOSEN)
+        return same | {"table": as_json(self.table)} if self.table else same | {"budget": self.budget.facts}
 
     @property
     def shared_key(self) -> str:
@@ -81,7 +99,8 @@ class Point:
         if self.method is None:
             return self
         config = self.config | {"method": self.config["method"] | {"name": "none"}, "force": False}
-        return replace(self, config=config, method=None, correction=None)
+        nothing = {"method": None, "correction": None, "budget": None, "scale": None, "table": {}}
+        return replace(self, config=config, **nothing)
 
     @property
     def label(self) -> str:
@@ -89,8 +108,9 @@ class Point:
         if self.method is None:
             return f"{self.config['model']['name']}-uncompressed"
         m = self.method
-        factors = [f"l_{m.l}", f"r_{m.r}"] if m.rank else []
-        return "-".join([self.config["model"]["name"], self.config["method"]["name"], f"r{m.rank}", m.q, *factors])
+        what = [f"r{m.rank}", m.q, *([f"l_{m.l}", f"r_{m.r}"] if m.rank else [])]
+        what = [self.budget.label] if self.table or self.allocated else what
+        return "-".join([self.config["model"]["name"], self.config["method"]["name"], *what])
 
     @property
     def name(self) -> str:
@@ -130,16 +150,33 @@ def axes(point: Point) -> dict:
     if point.method is None:
         return uncompressed_axes(point)
     m, config = point.method, point.config
-    parts = {"q": m.q, "l": m.l if m.rank else "none", "r": m.r if m.rank else "none"}
-    quantizers = {part: None if name == "none" else name for part, name in parts.items()}
-    bits = {f"{part}_bits": name and get_quantizer(name).bits for part, name in quantizers.items()}
-    names = {"model": config["model"]["name"], "method": config["method"]["name"], "rank": m.rank}
+    quantizers = {part: _common(point, part) for part in "qlr"}
+    bits = {f"{part}_bits": _bits(name) for part, name in quantizers.items()}
+    names = {"model": config["model"]["name"], "method": config["method"]["name"], "rank": _common(point, "rank")}
     names |= {"inputs": "corrected" if point.correction else "original"}
     text = {"calibration_tokens": config["calibration"]["sequences"] * config["calibration"]["length"]}
-    return names | quantizers | bits | text | {"budget_bits": config["budget"]["bits"], "seed": m.seed}
+    budget = {"budget": point.budget and point.budget.strategy, "budget_bits": config["budget"]["bits"]}
+    return names | quantizers | bits | text | budget | {"seed": m.seed}
+
+
+def _common(point: Point, field: str) -> int | str | None:
+    """The rank or quantizer of all matrices that have one; where they differ, None or "mixed"."""
+    if point.allocated:
+        found = set(point.budget.ranks if field == "rank" else getattr(point.budget, field)) - {"none"}
+    else:
+        choices = set(point.table.values()) or {Choice.of(point.method, point.method.rank)}
+        found = {getattr(choice, field) for choice in choices} - {"none"}
+    if len(found) > 1:
+        return None if field == "rank" else MIXED
+    return next(iter(found), None)
+
+
+def _bits(quantizer: str | None) -> int | None:
+    return None if quantizer in (None, MIXED) else get_quantizer(quantizer).bits
 
 
 def uncompressed_axes(point: Point) -> dict:
     """The axes of the uncompressed model, to which most do not apply."""
-    nothing = dict.fromkeys(("inputs", "q", "l", "r", "rank", "q_bits", "l_bits", "r_bits", "budget_bits"))
+    bits = ("q_bits", "l_bits", "r_bits", "budget_bits")
+    nothing = dict.fromkeys(("inputs", "q", "l", "r", "rank", *bits, "budget"))
     return {"model": point.config["model"]["name"], "method": "none", "seed": point.config["seed"]} | nothing

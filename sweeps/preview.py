@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sweeps import costs
+from sweeps.allocation import costs_file, curves_file
 from sweeps.calibration import is_complete
 from sweeps.estimate import Estimate, estimate
 from sweeps.evaluate import parts
@@ -61,12 +62,22 @@ def _keys(point: Point) -> dict[str, str]:
     if point.method is None:
         return keys
     keys |= {"moments": f"moments {point.moments_key}" + " hidden" * (point.correction is not None)}
+    if point.allocated:
+        keys["curves"] = f"curves {curves_file(point).stem}"
+        if point.budget.sensitivity == "fisher":
+            keys["sensitivity"] = f"sensitivity {costs_file(point).stem}"
     if point.correction is None:
         keys |= {"factors": f"factors {point.shared_key}"}
-        if point.method.rank:
+        if rank := _largest_rank(point):
             sides = min(min(shape) for shape in point.inventory.values())
-            keys |= {"subspaces": f"subspaces {point.shared_key} {costs.dimensions(point.method.rank, sides, sides)}"}
+            keys |= {"subspaces": f"subspaces {point.shared_key} {costs.dimensions(rank, sides, sides)}"}
     return keys
+
+
+def _largest_rank(point: Point) -> int:
+    if point.allocated:
+        return max(point.budget.ranks)
+    return max((choice.rank for choice in point.table.values()), default=point.method.rank)
 
 
 def _held(point: Point) -> set[str]:
@@ -81,6 +92,8 @@ def _held(point: Point) -> set[str]:
         folder = cache / "moments" / point.moments_key[:24]
         there["moments"] = is_complete(folder, point.correction is not None)
         shared = cache / "shared" / point.shared_key[:24]
+        if point.allocated:
+            there |= {"curves": curves_file(point).is_file(), "sensitivity": costs_file(point).is_file()}
         there["factors"] = shared.is_dir() and any(shared.glob("*/factors-*"))
         wide = keys.get("subspaces", "").rpartition(" ")[2]
         there["subspaces"] = shared.is_dir() and any(shared.glob(f"*/subspaces-{wide}-*"))
@@ -116,9 +129,9 @@ def table_of(rows: list[tuple[Point, Estimate, list[str]]]) -> Table:
 
 def _cells(point: Point, found: Estimate, there: list[str]) -> list[str]:
     bits = [f"{value:.3f}" for value in (found.nominal_bits, found.stored_bits, found.model_bits)]
-    times = [_time(found, names) for names in (["baseline"], ["calibrate"], ["compress"], EVALUATION)]
+    times = [_time(found, names) for names in (["baseline"], ["calibrate"], ["allocate", "compress"], EVALUATION)]
     sizes = [f"{found.memory / 1e9:.1f}", f"{found.disk / 1e9:.2f}"] if found.stages else ["", ""]
-    rank = "" if point.method is None else str(point.method.rank)
+    rank = "" if point.method is None else "mixed" if point.table or point.allocated else str(point.method.rank)
     return [point.name, rank, *bits, *times, clock(found.seconds), *sizes, ", ".join(there)]
 
 

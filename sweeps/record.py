@@ -31,6 +31,7 @@ def skeleton(point: Point, axes: dict, status: str) -> dict:
         "bits": None,
         "metrics": {},
         "matrices": [],
+        "allocation": None,  # of a budget: what was asked, reached and chosen
         "timings_s": {},
         "reused": {},  # of what points share, by kind: the part that was there already, from 0 to 1
         "checkpoint": None if point.method is None else str(point.checkpoint.relative_to(point.results)),

@@ -56,9 +56,27 @@ class RankConfig:
 
 @dataclass
 class BudgetConfig:
-    """Stored bits per compressed parameter that the largest fitting rank is chosen for; null: no budget."""
+    """What the points may weigh: stored `bits` a parameter, or `megabytes` (10^6 bytes), of the compressed matrices or,
+    with the scope `model`, of the checkpoint's tensor files.
 
+    The strategy `uniform` buys the largest rank for all matrices. `allocated` chooses rank and quantizers for each, of
+    a menu: `ranks` at which errors are predicted, and all between; `q`, `l`, `r`, names of quantizers (none named: Q's
+    family at up to 4 bits, and the factors' own). Losses are weighted by the Fisher information on
+    `sensitivity_rows` rows of the calibration, or, with the sensitivity `none`, all squared relative errors alike.
+    `table` repeats what another point's record says of its matrices.
+    """
+
+    strategy: str = "none"
     bits: float | None = None
+    megabytes: float | None = None
+    scope: str = "matrices"
+    ranks: list[int] = field(default_factory=lambda: [0, 16, 32, 64])
+    q: list[str] = field(default_factory=list)
+    l: list[str] = field(default_factory=list)
+    r: list[str] = field(default_factory=list)
+    sensitivity: str = "fisher"
+    sensitivity_rows: int = 4
+    table: str | None = None
 
 
 @dataclass

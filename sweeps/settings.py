@@ -49,16 +49,16 @@ def method_of(config: dict) -> Method | None:
     """The method, of rank 0 where a budget is to choose the rank; None for the uncompressed model."""
     settings = {f.name: config["method"][f.name] for f in fields(Method) if f.name in config["method"]}
     names = {part: quantizer_name(part, config[part]) for part in "qlr"}
-    rank, bits = config["rank"]["k"], config["budget"]["bits"]
+    rank, strategy = config["rank"]["k"], config["budget"]["strategy"]
     if config["method"]["name"] == "none":
         return None
     if rank is not None and rank < 0:
         raise UserError(f"rank.k={rank} must be a whole number of at least 0")
-    if bits is not None and rank:
-        raise UserError(f"rank.k={rank} and budget.bits={bits} are both set: set rank.k=0 for a budget to choose it")
-    if rank is None and bits is None:
+    if strategy != "none" and rank:
+        raise UserError(f"rank.k={rank} and budget={strategy} are both set: set rank.k=0 for a budget to choose it")
+    if rank is None and strategy == "none":
         raise UserError("rank.k is null and no budget is set: give rank.k=... or budget=uniform budget.bits=...")
-    least = int(bits is not None and names["q"] == "none")  # without a backbone a budget has to buy some rank
+    least = int(strategy != "none" and names["q"] == "none")  # without a backbone a budget has to buy some rank
     if names["q"] == "none" and not (rank or least):
         raise UserError(f"rank.k={rank} with q.family=none leaves nothing of the matrices: set rank.k or quantizer@q")
     try:

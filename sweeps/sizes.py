@@ -1,11 +1,14 @@
 """How large what a point makes will be: the settings that its size depends on, and the bytes of each thing it keeps."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from caldera.method import Method
+from caldera.packed import MatrixSpec
 from sweeps import costs
+from sweeps.budget import Budget, Table, guessed_table
 from sweeps.outline import Group, Outline
 from sweeps.point import Point
 
@@ -27,6 +30,8 @@ class Sizes:
     workers: int = 1
     spill: float = 256 * 2**20
     keep: bool = True
+    table: Table = field(default_factory=dict)  # of matrices that differ from the method
+    budget: Budget | None = None  # if it is one that allocates
 
     @classmethod
     def of(cls, point: Point, model: Outline) -> "Sizes":
@@ -36,6 +41,8 @@ class Sizes:
             (c["sequences"], c["length"]), (e["rows"], e["length"]), tuple(e["tasks"]), e["limit"], e["batch_size"],
             4 if point.dtype == "float32" else 2, point.workers.count if point.method else 1,
             compute["spill_mb"] * 2**20, point.config["checkpoint"]["keep"] != "none",
+            guessed_table(point.budget, point.scale) if point.allocated else point.table,
+            point.budget if point.allocated else None,
         )  # fmt: skip
 
     @property
@@ -46,6 +53,16 @@ class Sizes:
     def stream(self) -> float:
         """Bytes of the hidden states of all calibration rows."""
         return float(self.tokens * self.model.hidden * self.itemsize)
+
+    def method_of(self, name: str) -> Method:
+        return self.table[name].applied(self.method) if name in self.table else self.method
+
+    def jobs(self) -> Counter[tuple[tuple[int, int], Method]]:
+        """How many matrices there are of every shape and method."""
+        return Counter(zip(self.shapes(), map(self.method_of, self.names)))
+
+    def specs(self) -> list[MatrixSpec]:
+        return [self.method_of(name).spec(shape, name) for name, shape in zip(self.names, self.shapes())]
 
     def shapes(self) -> Iterable[tuple[int, int]]:
         return (tuple(self.model.matrices[name]) for name in self.names)
@@ -59,7 +76,7 @@ class Sizes:
 
 def stored_bytes(sizes: Sizes) -> int:
     """Of the packed matrices, exactly."""
-    return sum(sizes.method.spec(shape, name).stored_bytes for name, shape in zip(sizes.names, sizes.shapes()))
+    return sum(spec.stored_bytes for spec in sizes.specs())
 
 
 def rest_bytes(sizes: Sizes) -> float:
@@ -84,9 +101,10 @@ def factors_bytes(sizes: Sizes) -> float:
 
 def subspaces_bytes(sizes: Sizes) -> float:
     """Of the leading subspaces that points share."""
-    if sizes.corrected or not sizes.method.rank:
+    if sizes.corrected:
         return 0.0
-    return 4.0 * sum(costs.dimensions(sizes.method.rank, m, n) * (m + n + 1) for m, n in sizes.shapes())
+    ranked = [(method.rank, *shape, count) for (shape, method), count in sizes.jobs().items() if method.rank]
+    return 4.0 * sum(costs.dimensions(k, m, n) * (m + n + 1) * count for k, m, n, count in ranked)
 
 
 def bits(sizes: Sizes) -> tuple[float, float, float]:
@@ -94,6 +112,5 @@ def bits(sizes: Sizes) -> tuple[float, float, float]:
     if sizes.method is None:
         return (8.0 * sizes.itemsize,) * 3
     parameters, stored = sum(map(math.prod, sizes.shapes())), stored_bytes(sizes)
-    specs = [sizes.method.spec(shape, name) for name, shape in zip(sizes.names, sizes.shapes())]
-    nominal = sum(spec.nominal_bits * spec.parameters for spec in specs) / parameters
+    nominal = sum(spec.nominal_bits * spec.parameters for spec in sizes.specs()) / parameters
     return 8 * stored / parameters, 8 * (stored + rest_bytes(sizes)) / sizes.model.parameters, nominal

@@ -24,7 +24,7 @@ from caldera.quantizers import FAMILIES
 from caldera.replay import Replay
 from caldera.rows import Rows
 from caldera.streamed import Whole
-from caldera.theory import _curves
+from caldera.theory import _measured
 from caldera.wiring import replay_plan
 from sweeps.calibration import ensure_calibration
 from sweeps.compress import CheckpointFolder, compress
@@ -197,10 +197,10 @@ def test_every_method_stays_on_the_device(name, composed, fake):
 
 def test_a_prediction_stays_on_the_device_and_its_curves_on_the_host(fake):
     """The curves are kept for every later prediction, so they are real even in a dry run."""
-    _curves.cache_clear()
+    _measured.cache_clear()
     with reads() as found:
         predict_error(empty(24, 16), empty(16, 16), Method(rank=2, q="uniform_2bit", l="bf16", r="bf16"))
-    assert found[-1] == () and all(np.isfinite(x).all() for x in _curves("uniform_2bit", 16))
+    assert found[-1] == () and all(np.isfinite(x).all() for x in _measured("uniform_2bit", 16, 1.0))
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from sweeps.pipeline import run_point
-from sweeps.preview import preview
+from sweeps.preview import preview, table_of
 from sweeps.progress import Reporter
 from tests.sweeps.test_estimate import MACHINE
 
@@ -35,6 +35,17 @@ def test_a_plan_runs_nothing(arguments, application, tmp_path):
     assert not list((tmp_path / "results").rglob("record.json"))
     made = {path.name for path in (tmp_path / "cache").iterdir()}
     assert not made & {"moments", "baselines", "shared", "spill", "finite"}
+
+
+def test_a_plan_of_budgets_says_what_they_will_weigh(point):
+    strategies = ("uniform", "allocated")
+    jobs = [point(f"budget={s}", "budget.bits=2.4", *PARTS, "calibration.shuffle_seed=7") for s in strategies]
+    (_, uniform, _), (_, allocated, there) = preview(jobs, MACHINE)
+    assert 0.99 * 2.4 < uniform.stored_bits <= 2.4 and 0.97 * 2.4 < allocated.stored_bits <= 2.4
+    assert "allocate" in allocated.stages and "allocate" not in uniform.stages
+    assert not {"curves", "sensitivity"} & set(there)
+    row = table_of([(jobs[1], allocated, there)]).columns
+    assert list(row[1].cells) == ["mixed"]
 
 
 def test_points_after_the_first_share_what_it_makes(point):
