@@ -7,7 +7,7 @@ process, and with it go the other results, the rest of the grid and the list of 
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import fields
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, OmegaConf
 
+from caldera.errors import UserError
 from sweeps.launching import Killed, Lost, Surviving, share
 
 Outcomes = Iterator[tuple[int, JobReturn | Exception]]
@@ -134,7 +135,7 @@ class Ray(Surviving):
         from ray.exceptions import RayError, RayTaskError
 
         if not ray.is_initialized():
-            ray.init(**self.init)
+            self._join(ray.init)
         task = ray.remote(_in_folder).options(max_retries=0, **self.remote)
         context = ray.put(self.job())
         running = {task.remote(os.getcwd(), index, overrides, context): index for index, overrides in jobs.items()}
@@ -148,6 +149,17 @@ class Ray(Surviving):
             except RayError as error:
                 outcome = Killed.by(error)
             yield index, outcome
+
+    def _join(self, init: Callable) -> None:
+        """Raises UserError when no cluster answers."""
+        try:
+            init(**self.init)
+        except ConnectionError as error:
+            address = self.init.get("address") or os.environ.get("RAY_ADDRESS")
+            raise UserError(
+                f"hydra.launcher.init.address={address}: no Ray cluster answers there; start one by `ray start --head`,"
+                " or give this shell its RAY_AUTH_TOKEN"
+            ) from error
 
 
 def _in_folder(folder: str, index: int, overrides: list[str], job: tuple) -> JobReturn:

@@ -40,9 +40,9 @@ class Killed(CalderaError):
 
     @classmethod
     def by(cls, error: Exception) -> "Killed":
-        """From a pool's exception, which names the signal if it knows it."""
-        signal = re.search(r"\bSIG[A-Z0-9]+", str(error))
-        reason = f"killed by {signal[0]}" if signal else str(error).strip().partition("\n")[0]
+        """From a pool's exception, which names the signal or the job's state if it knows it."""
+        told = re.search(r"\bSIG[A-Z0-9]+|\bstate: \w+", str(error))
+        reason = told[0] if told else str(error).strip().partition("\n")[0]
         killed = cls(f"the point's process died ({reason}); {REMEDY}")
         killed.__cause__ = error
         return killed
@@ -78,17 +78,19 @@ class Surviving(Launcher):
                 elif last or not isinstance(outcome, Killed):
                     returns[index] = self._failed(jobs[index], outcome)
                 else:
-                    warn(f"{' '.join(jobs[index])}: {outcome}")
+                    warn(f"{self._point(jobs[index]).name}: {outcome}")
         return returns
 
     def _failed(self, overrides: list[str], error: Exception) -> JobReturn:
         """A record of the failure, and nothing as the job's value, as when a point fails by itself."""
+        record_lost(self._point(overrides), error)
+        return JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=None)
+
+    def _point(self, overrides: list[str]):
         from sweeps.grid import composed
         from sweeps.plan import resolve
 
-        config = composed(self.hydra_context.config_loader, self.config, overrides)
-        record_lost(resolve(config), error)
-        return JobReturn(overrides, config, status=JobStatus.COMPLETED, _return_value=None)
+        return resolve(composed(self.hydra_context.config_loader, self.config, overrides))
 
     def job(self) -> tuple:
         """What Hydra's plug-ins hand to a job besides its number and its overrides."""
