@@ -155,10 +155,9 @@ class Ray(Surviving):
         try:
             init(**self.init)
         except ConnectionError as error:
-            address = self.init.get("address") or os.environ.get("RAY_ADDRESS")
             raise UserError(
-                f"hydra.launcher.init.address={address}: no Ray cluster answers there; start one by `ray start --head`,"
-                " or give this shell its RAY_AUTH_TOKEN"
+                f"hydra.launcher.init.address={self.init['address']}: no Ray cluster answers there; start one by"
+                " `ray start --head`, or give this shell its RAY_AUTH_TOKEN"
             ) from error
 
 

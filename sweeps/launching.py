@@ -108,16 +108,15 @@ def record_lost(point, error: Exception) -> None:
     from sweeps.trackers import track
 
     warn(f"{point.name}: {error}")
-    folder = point.folder(point.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    point.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            if finished(point, point.name):
+        with FileLock(point.folder / ".lock", timeout=0):
+            if finished(point):
                 return
-            failed = records.skeleton(point.name, point.key, point.config, axes(point), "failed")
-            failed["error"] = records.error_of(error, stage_of(folder), None)
-            write_sealed(folder / "record.json", failed)
-            track(failed, point.config["tracker"], Path(point.config["results"]))
+            failed = records.skeleton(point, axes(point), "failed")
+            failed["error"] = records.error_of(error, stage_of(point.folder), None)
+            write_sealed(point.folder / "record.json", failed)
+            track(failed, point.config["tracker"], point.results)
     except Timeout:
         return
 

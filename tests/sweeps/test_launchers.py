@@ -17,7 +17,7 @@ from tests.sweeps.swept import NO_TASKS, Swept
 
 LAUNCHERS = ["basic", "processes", "slurm_local", "ray"]
 SMALL = [NO_TASKS, "evaluation.rows=1", "method.outer_iterations=1"]
-CHANCES = {"created", "timings_s", "memory", "reused"}  # what a record says of one run
+CHANCES = {"created", "timings_s", "memory", "reused", "checksum"}  # what a record says of one run
 PLACES = {"results", "cache"}
 
 
