@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from analysis.records import RecordError
 from caldera.errors import CalderaError
 from sweeps.grid import expand
+from sweeps.launching import check_launcher
 from sweeps.pipeline import check_inputs, finished
 from sweeps.plan import resolve
 from sweeps.point import Point
@@ -25,8 +26,9 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         points, problems = [], []
         try:
+            check_launcher(config.hydra.launcher)
             jobs = expand(config)
-        except (HydraException, OmegaConfBaseException) as error:  # a value that its type refuses
+        except (CalderaError, HydraException, OmegaConfBaseException) as error:  # a value that its type refuses
             jobs, problems = [], [sentence(error)]
         for job in jobs:
             try:
