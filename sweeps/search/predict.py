@@ -1,11 +1,15 @@
 """What error a point may expect, from a few of its blocks in a second: enough to rank points."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from caldera import predict_error
 from caldera.devices import full_precision
+from caldera.errors import NumericalError
 from caldera.matrices import matrices
+from caldera.streamed import Source
 from sweeps.calibration import Calibration, is_complete
 from sweeps.inputs import Original
 from sweeps.models import open_model
@@ -20,7 +24,8 @@ def predicted_error(point: Point, blocks: int) -> float | None:
     """Root mean square of the relative errors that theory expects of the matrices of so many blocks, weighted by size.
 
     Of the original model's weights and moments, whatever `method.inputs` says: it ranks points that differ in ranks
-    and quantizers. None where nothing is known: no moments yet, or a fit that does not follow them.
+    and quantizers. None where nothing is known: no moments yet, or none that can be factorised, or a fit that
+    does not follow them.
     """
     moments = point.cache / "moments" / point.moments_key[:24]
     method = point.method
@@ -32,16 +37,19 @@ def predicted_error(point: Point, blocks: int) -> float | None:
 
 
 @full_precision()
-def _predicted(point: Point, moments, blocks: int) -> dict:
+def _predicted(point: Point, moments: Path, blocks: int) -> dict:
     model = open_model(point.source, None, "cpu", point.config["model"]["trust_remote_code"])
     given, weights, losses = Original(Calibration(moments)), 0, 0.0
-    for index in spread(model.count, blocks):
-        for size, error in _block_errors(point, model, given, index):
-            weights, losses = weights + size, losses + size * error**2
+    try:
+        for index in spread(model.count, blocks):
+            for size, error in _block_errors(point, model, given, index):
+                weights, losses = weights + size, losses + size * error**2
+    except NumericalError:
+        return {"error": None}  # the point itself will fail, and say so
     return {"error": math.sqrt(losses / weights) if weights else None}
 
 
-def _block_errors(point: Point, model, inputs: Original, index: int):
+def _block_errors(point: Point, model: Source, inputs: Original, index: int) -> Iterator[tuple[int, float]]:
     """(parameters, predicted relative error) of each of a block's matrices that are compressed."""
     name, method, layers = f"{model.name}.{index}", point.method, matrices(model.block(index))
     shared = Shared(point.cache / "shared" / point.shared_key[:24])

@@ -93,13 +93,8 @@ def test_no_yaml_holds_a_key_that_the_schema_lacks(file):
 
 
 def test_every_group_of_the_schema_has_its_options():
-<<<<<<< HEAD
-    quantized, plain = {"q", "l", "r"}, {"compute", "checkpoint"}
+    quantized, plain = {"q", "l", "r"}, {"compute", "checkpoint", "search"}
     assert set(GROUPS) - quantized - plain <= {option.parts[0] for option in OPTIONS}
-=======
-    quantized, computed = {"q", "l", "r"}, {"compute", "search"}
-    assert set(GROUPS) - quantized - computed <= {option.parts[0] for option in OPTIONS}
->>>>>>> 78c10da (hydra/sweeper=optuna: points that a search suggests, screened by the error that theory expects of them)
 
 
 # ----------------------------------------------------------------------------------------------------------- quantizers
