@@ -1,5 +1,6 @@
 """What a search may choose from: Hydra's sweep overrides as optuna's distributions, and choices as overrides."""
 
+import math
 from dataclasses import dataclass
 
 from hydra.core.override_parser.types import Override
@@ -37,6 +38,11 @@ class Space:
         """Those that differ between points."""
         return [f"{key}={_text(params[key])}" for key in self.distributions]
 
+    @property
+    def size(self) -> float:
+        """How many points there are; infinity for an interval."""
+        return math.prod(map(_count, self.distributions.values()))
+
     def probes(self) -> list[list[str]]:
         """Points in which every choice and both ends of every range occur, the others at their first."""
         ends = {key: _ends(distribution) for key, distribution in self.distributions.items()}
@@ -72,6 +78,14 @@ def _ends(distribution: BaseDistribution) -> list[str | int | float]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return sorted({distribution.low, distribution.high})
+
+
+def _count(distribution: BaseDistribution) -> float:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    if distribution.step is None:
+        return math.inf
+    return round((distribution.high - distribution.low) / distribution.step) + 1
 
 
 def _text(value: str | int | float) -> str:

@@ -51,13 +51,10 @@ class Study:
         """The end of a trial; without values it failed."""
         self.study.tell(number, values, state=TrialState.FAIL if values is None else None)
 
-    def prune(self, params: Params, facts: dict) -> None:
-        """Note a suggestion that is not worth computing."""
-        self._add(params, TrialState.PRUNED, facts)
-
-    def fail(self, params: Params, facts: dict) -> None:
-        """Note a suggestion that cannot be computed."""
-        self._add(params, TrialState.FAIL, facts)
+    def note(self, params: Params, state: TrialState, facts: dict) -> None:
+        """Note once a suggestion that is not computed: PRUNED, or FAIL if it cannot be."""
+        if params not in self.params(state):
+            self._add(params, state, facts)
 
     def give_up_running(self) -> None:
         """Let the trials fail that a process began which is gone."""

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from optuna.trial import TrialState
 
-from caldera.errors import CalderaError
+from caldera.errors import CalderaError, UserError
 from sweeps.budget import stored_bits
 from sweeps.callback import SweepCallback
 from sweeps.grid import composed, parsed
@@ -129,7 +129,7 @@ class Search:
         try:
             point = resolve(composed(self.config, self.space.overrides(params)))
         except (CalderaError, HydraException, OmegaConfBaseException) as error:
-            self.study.fail(params, {"error": sentence(error)})
+            self.study.note(params, TrialState.FAIL, {"error": sentence(error)})
             self.callback.problems.append(f"{' '.join(self.space.choices(params))}: {sentence(error)}")
             return None
         if point.key in self.seen:
@@ -156,7 +156,7 @@ class Search:
             self._admit(suggestion)
         wanted = self.config.search.screen
         for params in islice(self.study.suggestions([s.params for s in self.waiting]), TRIES * wanted):
-            if len(self.waiting) >= wanted:
+            if len(self.waiting) >= wanted or len(self.tried) >= self.space.size:
                 return
             if suggestion := self._consider(params):
                 self._admit(suggestion)
@@ -168,7 +168,8 @@ class Search:
         for rival in rivals:
             same = rival.expected and rival.kind == suggestion.kind
             if same and beats(rival.expected, suggestion.expected, margin):
-                self.study.prune(suggestion.params, _facts(suggestion) | {"beaten_by": rival.point.name})
+                facts = _facts(suggestion) | {"beaten_by": rival.point.name}
+                self.study.note(suggestion.params, TrialState.PRUNED, facts)
                 print(f"  pruned: {suggestion.point.name}, {_words(suggestion)}; {_words(rival)}: {rival.point.name}")
                 return
         self.waiting.append(suggestion)
@@ -193,10 +194,19 @@ class Search:
         self.jobs += len(todo)
         outcomes = iter([_outcome(job) for job in jobs])
         for number, suggestion, record in zip(numbers, batch, records):
-            values = costs(record, self.config.search.objectives) if record else next(outcomes)
+            values = None if record else next(outcomes)
+            values = values or self._judged(record or finished(suggestion.point))
             self.study.tell(number, values)
-            if values is not None:
+            if values:
                 self.done.append(suggestion)
+
+    def _judged(self, record: dict | None) -> tuple[float, ...] | None:
+        """The costs that a record says; None, and a line at the end, where it has no finite ones."""
+        try:
+            return record and costs(record, list(self.config.search.objectives))
+        except UserError as error:
+            self.callback.problems.append(str(error))
+            return None
 
 
 def _outcome(job: JobReturn) -> tuple[float, ...] | None:

@@ -28,6 +28,7 @@ from sweeps.search.objectives import check_objectives, costs
 from sweeps.search.predict import predicted_error, spread
 from sweeps.search.space import Space
 from sweeps.search.study import Study, opened
+from sweeps.store import read_sealed, write_sealed
 from tests.sweeps.swept import NO_TASKS, Swept
 
 SEARCH = ["-m", "hydra/sweeper=optuna", NO_TASKS, "evaluation.rows=1", "method=fast", "checkpoint.keep=none"]
@@ -73,6 +74,11 @@ def test_the_last_of_two_overrides_counts():
 def test_every_value_is_tried_once_beside_the_first_of_the_others():
     probes = [tuple(probe) for probe in space("rank.k=range(0,9,4)", "quantizer@q=a,b,c").probes()]
     assert set(probes) == {(f"rank.k={k}", f"quantizer@q={q}") for k, q in ((0, "a"), (8, "a"), (0, "b"), (0, "c"))}
+
+
+def test_a_space_knows_its_size():
+    assert space("rank.k=range(0,9,4)", "quantizer@q=a,b", "method.sigma=range(0.1,1,0.2)").size == 30
+    assert space("rank.k=0,1", "method.sigma=interval(0.1,1)").size == math.inf
 
 
 @pytest.mark.parametrize(
@@ -153,14 +159,15 @@ def test_a_study_goes_on_where_it_was_left(study, tmp_path):
     with study() as first:
         first.tell(first.begin({"a": 1}, {}), (1.0, 2.0))
         first.tell(first.begin({"a": 2}, {}), None)
-        first.prune({"a": 3}, {"beaten_by": "x"})
+        for _ in range(2):
+            first.note({"a": 3}, TrialState.PRUNED, {"beaten_by": "x"})
         first.begin({"a": 4}, {})  # and then the process was killed, while it wrote
     with (tmp_path / "s.log").open("ab") as stream:
         stream.write(b'{"op_code": 4, "wor')
     with study() as second:
         assert second.params(TrialState.COMPLETE) == [{"a": 1}]
         assert second.params(TrialState.FAIL) == [{"a": 2}, {"a": 4}]
-        assert second.params(TrialState.PRUNED) == [{"a": 3}]
+        assert [t.params for t in second.study.trials if t.state == TrialState.PRUNED] == [{"a": 3}]
         second.tell(second.begin({"a": 4}, {}), (3.0, 4.0))
     with study() as third:
         assert third.params(TrialState.COMPLETE) == [{"a": 1}, {"a": 4}]
@@ -340,3 +347,15 @@ def test_a_plan_shows_the_values_and_computes_nothing(application, tmp_path):
     code, output, errors = application(*SEARCH, *RANGES, "plan=true")
     assert (code, errors) == (0, "") and "plan: 3 points" in output
     assert not (tmp_path / "results" / "searches").exists()
+
+
+def test_a_finished_point_without_a_finite_number_is_a_failure(application, point, tmp_path):
+    grid = ["rank.k=0", "quantizer@q=e8p_2bit"]
+    assert application("-m", *SEARCH[2:], *grid)[0] == 0
+    done = point(*SEARCH[2:], *grid)
+    record = read_sealed(done.folder / "record.json")
+    record["metrics"]["perplexity/heldout_256"]["value"] = None
+    write_sealed(done.folder / "record.json", record)
+    code, _, errors = application(*SEARCH, grid[1], "rank.k=range(1)", "search.trials=1")
+    assert code == 1 and f"failed: search.objectives: {done.name} has no perplexity" in errors
+    assert [trial.values for trial in trials(tmp_path / "results", "FAIL")] == [None]
