@@ -25,7 +25,7 @@ register()
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
 def app(cfg: DictConfig) -> tuple[float, ...] | None:
-    """One point and its costs. In a multirun a failed point is recorded, has none, and the next one follows."""
+    """One point; in a multirun, its costs. There a failed point is recorded, has none, and the next one follows."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         return _run(cfg, single)
@@ -68,6 +68,7 @@ def _run(cfg: DictConfig, single: bool) -> tuple[float, ...] | None:
             record = run_point(point, reporter)
     if single:
         show(Path(point.config["results"]))
+        return None
     return costs(record, point.config["search"]["objectives"])
 
 

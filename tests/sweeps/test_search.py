@@ -308,7 +308,7 @@ def test_several_points_at_once_go_through_the_launcher(settings, tmp_path):
     lines = ["hydra/launcher=processes", "search.trials=2", "search.batch=2", *RANGES]
     command = [*MODULE, *SEARCH, *lines, *settings, f"results={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), [record["error"] for record in Swept(tmp_path).records]
     one, other = trials(tmp_path, "COMPLETE")
     assert one.datetime_start < other.datetime_start < one.datetime_complete
 
