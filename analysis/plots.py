@@ -176,7 +176,8 @@ def _rank(row: pd.Series) -> tuple:
 
 def _quantizer(row: pd.Series) -> tuple:
     bits = row.get("q_bits")
-    return *_key(bits), style.quantizer_label(row.get("q"), None if pd.isna(bits) else bits)
+    q = row.get("q")
+    return *_key(bits), style.quantizer_label(None if pd.isna(q) else q, None if pd.isna(bits) else bits)
 
 
 def _factors(row: pd.Series) -> tuple:

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from analysis.records import RecordError
 from caldera.errors import CalderaError
-from sweeps.grid import expand
+from sweeps.grid import expand, is_search
 from sweeps.launching import check_launcher
 from sweeps.pipeline import check_inputs, finished
 from sweeps.plan import resolve
@@ -25,6 +25,7 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         points, problems = [], []
+        self.problems: list[str] = []  # of a search: choices that make no point
         try:
             check_launcher(config.hydra.launcher)
             jobs = expand(config)
@@ -46,8 +47,15 @@ class SweepCallback(Callback):
                 check_inputs(point)
         except CalderaError as error:
             refuse([sentence(error)])
+        if is_search(config):
+            self.points = []  # the search adds those that it chooses
+            return
         SWEEP.total = len(todo)
         print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
+
+    def add(self, point: Point) -> None:
+        """A point that was not planned before the first job."""
+        self.points.append(point)
 
     def _show_plan(self) -> None:
         from sweeps.preview import show_plan
@@ -59,15 +67,17 @@ class SweepCallback(Callback):
         self.points = []  # nothing is run
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        if not self.points:
+        if not (self.points or self.problems):
             return
-        show(Path(self.points[0].config["results"]))
+        show(Path(config.results))
         failed = [
             name for name, record in ((p.name, _record(p)) for p in self.points) if record.get("status") != "done"
         ]
         for name in failed:
             print(f"failed: {name}, see its record.json and log.txt", file=sys.stderr)
-        if failed:
+        for problem in self.problems:
+            print(f"failed: {problem}", file=sys.stderr)
+        if failed or self.problems:
             raise SystemExit(1)
 
 

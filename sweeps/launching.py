@@ -90,7 +90,7 @@ class Surviving(Launcher):
         from sweeps.grid import composed
         from sweeps.plan import resolve
 
-        return resolve(composed(self.hydra_context.config_loader, self.config, overrides))
+        return resolve(composed(self.config, overrides))
 
     def job(self) -> tuple:
         """What Hydra's plug-ins hand to a job besides its number and its overrides."""

@@ -12,6 +12,7 @@ from sweeps.inventory import chosen_of, inventory, rest_of_files
 from sweeps.models import checkpoint_dir, described_dir, fingerprint, tokenizer_digest
 from sweeps.parallel import check_backend
 from sweeps.point import Point, cache_of, moments_key
+from sweeps.search.objectives import check_objectives
 from sweeps.settings import check_keys, check_numbers, correction_of, method_of, placement, source_of
 from sweeps.store import require_writable
 from sweeps.trackers import check_tracker
@@ -33,6 +34,7 @@ def resolve(cfg: DictConfig) -> Point:
     cache = cache_of(config)
     require_writable(cache, "cache")
     check_tasks(config["evaluation"]["tasks"])
+    check_objectives(config["search"]["objectives"], config["evaluation"]["tasks"])
     check_backend(config["compute"]["backend"])
     method = method_of(config)
     source = source_of(config["model"])

@@ -64,6 +64,18 @@ class Point:
         """Whether ranks and bits are chosen when the point runs."""
         return self.budget is not None and self.budget.strategy == "allocated"
 
+    def method_of(self, name: str) -> Method:
+        """How the matrix of that full name is decomposed."""
+        return self.table[name].applied(self.method) if name in self.table else self.method
+
+    @property
+    def stored_bits(self) -> float | None:
+        """Bits a parameter of the compressed matrices; None for the uncompressed model and as long as it is open."""
+        if self.method is None or self.allocated:
+            return None
+        specs = [self.method_of(name).spec(tuple(shape), name) for name, shape in self.inventory.items()]
+        return 8 * sum(s.stored_bytes for s in specs) / sum(s.parameters for s in specs)
+
     @property
     def _mixture(self) -> dict:
         """What the fit depends on where matrices differ: the choices, or what they follow from."""

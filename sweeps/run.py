@@ -24,48 +24,52 @@ register()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
-def app(cfg: DictConfig) -> None:
-    """One point. In a multirun a failed point is recorded and the next one follows."""
+def app(cfg: DictConfig) -> tuple[float, ...] | None:
+    """One point; in a multirun, its costs. There a failed point is recorded, has none, and the next one follows."""
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        _run(cfg, single)
+        return _run(cfg, single)
     except Exception as error:  # whatever it is, the other points of a multirun go on
         if single and isinstance(error, CalderaError):
             refuse([sentence(error)])
         if single:
             raise
         print(f"  failed: {sentence(error)}", file=sys.stderr, flush=True)
+    return None
 
 
-def _run(cfg: DictConfig, single: bool) -> None:
+def _run(cfg: DictConfig, single: bool) -> tuple[float, ...] | None:
     if cfg.plan and not single:
-        return  # the callback has said all
+        return None  # the callback has said all
     from sweeps.callback import show
     from sweeps.pipeline import check_inputs, finished, run_point
     from sweeps.plan import resolve
     from sweeps.progress import SWEEP, Reporter
+    from sweeps.search.objectives import costs
 
     point = resolve(cfg)
     if point.config["plan"]:
         from sweeps.preview import show_plan
 
         show_plan([point])
-        return
+        return None
     if point.config["compute"]["threads"]:
         import torch
 
         torch.set_num_threads(point.config["compute"]["threads"])
     reporter = Reporter(point.name)
-    if finished(point):
+    if record := finished(point):
         reporter.say(f"{point.name}: done before")
     else:
         if single:  # the whole grid of a multirun was checked before its first point
             check_inputs(point)
         with SWEEP.point() as heading:
             reporter.say(heading(point.name))
-            run_point(point, reporter)
+            record = run_point(point, reporter)
     if single:
         show(Path(point.config["results"]))
+        return None
+    return costs(record, point.config["search"]["objectives"])
 
 
 def main() -> None:

@@ -162,6 +162,24 @@ class CheckpointConfig:
 
 
 @dataclass
+class SearchConfig:
+    """`hydra/sweeper=optuna`: points are suggested until `trials` of the study have finished, `batch` at a time.
+
+    `objectives`: `bits/stored`, `bits/nominal`, `bits/model`, and metrics, of which the first counts that begins so.
+    Of `screen` suggestions the one is computed that promises most by its bits and its predicted error, measured on
+    `blocks` blocks; one is pruned when a finished point has no more bits and a predicted error lower by `prune_margin`
+    of it (null: never).
+    """
+
+    objectives: list[str] = field(default_factory=lambda: ["bits/stored", "perplexity"])
+    trials: int = 12
+    batch: int = 1
+    screen: int = 16
+    blocks: int = 4
+    prune_margin: float | None = 0.05
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -175,6 +193,7 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     sweep: str = "default"  # groups the points of one study, in the records and in W&B
     results: str = "results"  # folder of the records
     cache: str | None = None  # folder of what points share; null: $CALDERA_CACHE or the user's cache folder

@@ -37,8 +37,10 @@ def check_numbers(config: dict) -> None:
     if config["checkpoint"]["keep"] not in ("all", "pareto", "none"):
         raise UserError(f"checkpoint.keep={config['checkpoint']['keep']!r} must be all, pareto or none")
     positive = {"calibration": ("sequences", "length"), "evaluation": ("rows", "length", "batch_size", "limit")}
+    positive |= {"search": ("trials", "batch", "screen", "blocks")}
     least_of = {f"{g}.{n}": 2 if n == "length" else 1 for g, names in positive.items() for n in names}
-    for field, least in (least_of | {"compute.threads": 0, "compute.workers": 0, "compute.spill_mb": 0}).items():
+    least_of |= dict.fromkeys(("compute.threads", "compute.workers", "compute.spill_mb", "search.prune_margin"), 0)
+    for field, least in least_of.items():
         group, name = field.split(".")
         value = config[group][name]
         if value is not None and value < least:

@@ -1,0 +1,1 @@
+"""Points that an optimiser suggests instead of a grid: `hydra/sweeper=optuna`."""
