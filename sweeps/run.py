@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach main(), which words them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,16 +33,22 @@ def app(cfg: DictConfig) -> None:
             refuse([sentence(error)])
         if single:
             raise
-        print(f"  failed: {sentence(error)}", file=sys.stderr, flush=True)
+        from sweeps.progress import complain
+
+        complain(f"  failed: {sentence(error)}")
 
 
 def _run(cfg: DictConfig, single: bool) -> None:
     if cfg.plan and not single:
         return  # the callback has said all
-    from sweeps.callback import show
-    from sweeps.pipeline import check_inputs, finished, run_point
+    if cfg.retry is not None:
+        from sweeps.retry import retry
+
+        retry(cfg, list(HydraConfig.get().overrides.task))
+        return
+    from sweeps.job import show, work
+    from sweeps.manifest import remember
     from sweeps.plan import resolve
-    from sweeps.progress import SWEEP, Reporter
 
     point = resolve(cfg)
     if point.config["plan"]:
@@ -51,21 +56,10 @@ def _run(cfg: DictConfig, single: bool) -> None:
 
         show_plan([point])
         return
-    if point.config["compute"]["threads"]:
-        import torch
-
-        torch.set_num_threads(point.config["compute"]["threads"])
-    reporter = Reporter(point.name)
-    if finished(point):
-        reporter.say(f"{point.name}: done before")
-    else:
-        if single:  # the whole grid of a multirun was checked before its first point
-            check_inputs(point)
-        with SWEEP.point() as heading:
-            reporter.say(heading(point.name))
-            run_point(point, reporter)
+    remember([point])
+    work(point, check=single)  # the whole grid of a multirun was checked before its first point
     if single:
-        show(Path(point.config["results"]))
+        show(point.results)
 
 
 def main() -> None:
@@ -78,6 +72,9 @@ def main() -> None:
         raise SystemExit(130) from None
     except (CalderaError, HydraException, OmegaConfBaseException) as error:
         refuse([sentence(error)])
+    except KeyboardInterrupt:
+        print("caldera-run: interrupted: the same command goes on where it stopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:  # Hydra makes the results folder before any code of ours runs
         refuse([f"{error.filename} cannot be written to ({error.strerror}): choose another folder by results=..."])
 
