@@ -64,8 +64,8 @@ class Results:
     def look(self) -> Overview:
         """How far all is. Raises RecordError for a record that a newer version wrote."""
         planned, records = self._planned(), self._records()
-        names = dict.fromkeys([*planned, *records, *(f.parent.name for f in self._files(PROGRESS))])
-        found = [self._status(name, planned.get(name), records.get(name)) for name in names]
+        begun = [file.parent.name for kind in ("record.json", PROGRESS) for file in self._files(kind)]
+        found = [self._status(name, planned, records.get(name)) for name in dict.fromkeys([*planned, *begun])]
         chosen = [s for s in found if self._counts(s, planned)]
         best = self._front({s.name: records[s.name] for s in chosen if s.state == "done"})
         points = [replace(s, best=s.name in best) for s in chosen]
@@ -108,15 +108,18 @@ class Results:
             self._read[path] = (signature, found)
         return self._read[path][1]
 
-    def _status(self, name: str, sweep: str | None, record: dict | None) -> Status:
+    def _status(self, name: str, planned: dict[str, str], record: dict | None) -> Status:
         """A process at work outranks a record, a finished record what a process left, and that a failed record."""
+        sweep = planned.get(name)
         beat = read_heartbeat(self.folder / "points" / name / PROGRESS)
         done = record is not None and record["status"] == "done"
         if beat and is_alive(beat):
             return _begun(name, sweep, beat)
         if beat and not done:
             return replace(_begun(name, sweep, beat), state="interrupted", stage_left=None)
-        return Status(name, sweep, "waiting") if record is None else _ended(name, sweep, record)
+        if record is None:  # there is none, or a damaged one
+            return Status(name, sweep, "waiting", beside=bool(planned) and sweep is None)
+        return _ended(name, sweep, record)
 
     def _front(self, records: dict[str, dict]) -> frozenset[str]:
         """The names of the points on the Pareto front."""

@@ -24,14 +24,12 @@ def retry(cfg: DictConfig, overrides: list[str]) -> None:
     """
     typed = _typed(overrides)
     results, sweeps = _found(cfg.retry, Path(cfg.results))
-    todo, running = [], []
-    for sweep in sweeps:
-        for status in Results(results, sweep).look().points:
-            (todo if status.state in TO_RETRY else running if status.state == "running" else []).append(status.name)
     planned = {p["name"]: p for s in sweeps for p in (read_sealed(manifest_of(results, s)) or {}).get("points", ())}
-    todo = [name for name in dict.fromkeys(todo) if name in planned]
-    for name in dict.fromkeys(running):
-        print(f"{name} is running: it is left alone")
+    states = {status.name: status.state for s in sweeps for status in Results(results, s).look().points}
+    todo = [name for name in planned if states.get(name) in TO_RETRY]
+    for name in planned:
+        if states.get(name) == "running":
+            print(f"{name} is running: it is left alone")
     print(f"{len(planned)} points of {', '.join(sweeps)} in {results}, {len(todo)} of them to do again", flush=True)
     SWEEP.total = len(todo)
     show_live(Results(results, names=frozenset(todo)))

@@ -133,6 +133,11 @@ def test_a_pruned_cache_is_made_again(application, settings, tmp_path, capsys):
     lines = ("rank.k=0", NO_TASKS, "calibration.shuffle_seed=9")  # moments that no other test has
     assert application(*lines)[0] == 0
     before = Swept(tmp_path / "results").of(rank=0)
+    assert main(["--cache", cache, "list", "--long", "--results", str(tmp_path)]) == 0
+    users = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in users if line[:1] == ["moments"] and line[-1] == before["name"]] == [
+        before["keys"]["moments"][:24]
+    ]
     folders = {path for path in Path(cache, "moments").iterdir() if path.is_dir()}
     for file in (f for folder in folders for f in (folder, *folder.iterdir())):
         os.utime(file, (time.time() - DAY,) * 2)

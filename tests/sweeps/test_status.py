@@ -132,6 +132,8 @@ def test_a_damaged_record_is_named_and_waits(results, swept, status):
     _, output, errors = status(results)
     assert str(record) in errors and "damaged" in errors and len(errors.splitlines()) == 1
     assert "1 waiting" in output
+    shutil.rmtree(results / "sweeps")  # as versions without manifests left it
+    assert "1 waiting" in status(results)[1]
 
 
 def test_a_record_of_a_newer_version_is_refused(results, status):
