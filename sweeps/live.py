@@ -2,13 +2,11 @@
 
 import atexit
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.live import Live
@@ -29,7 +27,6 @@ def show_live(results: Results) -> None:
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         return
     said = results.folder / "sweeps" / f".live-{os.getpid()}"
-    _SHOWN.enter_context(_terminated_gently())
     _SHOWN.enter_context(_board(said))
     live = _SHOWN.enter_context(Live(console=console, auto_refresh=False))
     _SHOWN.enter_context(_kept_up(live, results, said))
@@ -76,20 +73,3 @@ def _kept_up(live: Live, results: Results, said: Path) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-@contextmanager
-def _terminated_gently() -> Iterator[None]:
-    """SIGTERM ends the process as an exception does, so that the terminal gets its cursor back."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def leave(_signal: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

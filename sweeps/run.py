@@ -72,9 +72,6 @@ def main() -> None:
         raise SystemExit(130) from None
     except (CalderaError, HydraException, OmegaConfBaseException) as error:
         refuse([sentence(error)])
-    except KeyboardInterrupt:
-        print("caldera-run: interrupted: the same command goes on where it stopped", file=sys.stderr)
-        raise SystemExit(130) from None
     except OSError as error:  # Hydra makes the results folder before any code of ours runs
         refuse([f"{error.filename} cannot be written to ({error.strerror}): choose another folder by results=..."])
 

@@ -272,6 +272,24 @@ def test_warnings_go_above_a_live_table_from_any_process(tmp_path, monkeypatch, 
     assert capsys.readouterr() == ("", "  warning: second\n") and not board.exists()
 
 
+def test_a_warning_of_another_process_stands_above_the_table(swept):
+    script = f"""
+import subprocess, sys, time
+from pathlib import Path
+from sweeps.live import end_live, show_live
+from sweeps.overview import Results
+show_live(Results(Path({str(swept.results)!r})))
+subprocess.run([sys.executable, "-c", "from sweeps.progress import warn; warn('odd')"], check=True)
+time.sleep(1.5)
+end_live()
+"""
+    terminal = Terminal([sys.executable, "-c", script])
+    assert terminal.finish() == 0
+    lines = terminal.text.splitlines()
+    assert lines.count("  warning: odd") == 1 and terminal.text.count("2 points: 1 failed, 1 done") == 1
+    assert lines.index("  warning: odd") < lines.index(str(swept.results)[:120])
+
+
 @pytest.mark.parametrize("height", [25, 30, 60])
 def test_many_points_fit_on_the_screen(height, tmp_path):
     states = ["done"] * 25 + ["running"] * 2 + ["failed"] * 9 + ["waiting"] * 24
