@@ -3,6 +3,7 @@
 A process that was killed leaves its file behind: who finds one asks whether that process is still there.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -47,7 +48,7 @@ class Heartbeat:
         with self._lock:
             text = json.dumps(self.facts | {"updated": time.time()})
             for path in self.paths:
-                part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+                part = path.with_name(f".{path.name}.part")  # who writes holds the point's lock: what a kill left goes
                 with suppress(OSError):
                     part.write_text(text)
                     part.replace(path)
@@ -62,7 +63,8 @@ def working_on(point: "Point") -> AbstractContextManager[Heartbeat]:
     """Signs of life in a point's folder, and in the cache that it works with, where `uses` names what it needs."""
     facts = {"name": point.name, "sweep": point.config["sweep"], "device": point.device}
     facts |= {"uncompressed": point.method is None, "uses": [point.source.name, *point.keys.values()]}
-    return beating([point.folder / PROGRESS, point.cache / RUNNING / f"{point.name}-{os.getpid()}.json"], facts)
+    place = hashlib.sha256(str(point.folder.absolute()).encode()).hexdigest()[:8]
+    return beating([point.folder / PROGRESS, point.cache / RUNNING / f"{point.name}-{place}.json"], facts)
 
 
 @contextmanager

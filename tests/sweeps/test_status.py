@@ -228,7 +228,9 @@ def test_a_killed_point_is_interrupted_and_made_up_for(settings, console, status
     assert "1 running" in running[1] and (code, "1 interrupted" in output) == (1, True)
     again = console("retry=default", f"results={results}")
     assert (again.returncode, again.stderr) == (0, "") and "1 points of default" in again.stdout
-    assert status(results)[0] == 0 and not list(results.glob("points/*/progress.json"))
+    cache = next(s for s in settings if s.startswith("cache=")).removeprefix("cache=")
+    assert status(results)[0] == 0 and not list(results.glob("points/*/*progress.json*"))
+    assert not list(Path(cache, "running").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------- the live table
