@@ -89,6 +89,9 @@ def test_a_single_run_joins_its_sweep_and_a_plan_does_not(application, tmp_path)
     assert len(read_sealed(file)["points"]) == 1
     assert application("rank.k=2", NO_TASKS)[0] == 0
     assert file.stat().st_mtime_ns == before
+    file.write_text(file.read_text()[:100])
+    assert f"{file} is damaged: it is made again" in application("rank.k=2", NO_TASKS)[2]
+    assert len(read_sealed(file)["points"]) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the states
