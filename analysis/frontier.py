@@ -66,10 +66,15 @@ def _choose_metric(table: pd.DataFrame, metric: str | None) -> str:
         reasons = [f" (the first failure: {reason})" for reason in table["error"].dropna()[:1]]
         raise RecordError(f"no record has a metric{''.join(reasons)}: evaluate at least one point first.")
     if metric is None:
-        return next((name for name in metrics if name.startswith("perplexity/")), metrics[0])
+        return headline(metrics)
     if metric not in metrics:
         raise RecordError(f"no record has the metric {metric!r}: choose one of {', '.join(metrics)}.")
     return metric
+
+
+def headline(metrics: list[str]) -> str:
+    """Of the names of metrics the first perplexity, or else the first."""
+    return next((name for name in metrics if name.startswith("perplexity/")), metrics[0])
 
 
 def report(

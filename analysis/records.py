@@ -28,6 +28,11 @@ def _read(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecordError(f"{path} is not JSON ({error}): delete its folder and run the point again.") from error
+    return checked(record, path)
+
+
+def checked(record: object, path: Path) -> dict:
+    """What was read from `path`, if it is a record that this version knows. Raises RecordError."""
     version = record.get("schema_version") if isinstance(record, dict) else None
     if not isinstance(version, int):
         raise RecordError(f"{path} has no schema_version: delete its folder and run the point again.")

@@ -9,24 +9,23 @@ Glossary, used throughout:
     code        integer that a codebook turns into values    granule    values that share one scale
 """
 
+import importlib
 from typing import Any
 
 import wrapt
 
-from caldera.basis import Basis, prepare
-from caldera.decompose import Decomposition, decompose, relative_error
-from caldera.errors import CalderaError, CheckpointError, NumericalError, UserError
-from caldera.method import Method
-from caldera.packed import MatrixSpec, PackedMatrix
-from caldera.quantizers import get_quantizer, quantizer_names
-from caldera.theory import predict_error
-
-__all__ = [
-    "Basis", "CalderaConfig", "CalderaError", "CheckpointError", "Decomposition", "MatrixSpec", "Method",
-    "NumericalError", "PackedMatrix", "UserError", "decompose", "get_quantizer", "predict_error", "prepare",
-    "quantizer_names",
-    "relative_error",
-]  # fmt: skip
+_HOMES = {
+    "basis": ("Basis", "prepare"),
+    "decomposition": ("Decomposition", "decompose", "relative_error"),
+    "errors": ("CalderaError", "CheckpointError", "NumericalError", "UserError"),
+    "hf": ("CalderaConfig",),
+    "method": ("Method",),
+    "packed": ("MatrixSpec", "PackedMatrix"),
+    "quantizers": ("get_quantizer", "quantizer_names"),
+    "theory": ("predict_error",),
+}
+_HOME = {name: f"caldera.{module}" for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 @wrapt.when_imported("transformers.quantizers.auto")
@@ -36,8 +35,8 @@ def _register(_) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CalderaConfig":
-        from caldera.hf import CalderaConfig
-
-        return CalderaConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """A public name, loaded on first use: who needs an error or a file only does not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(_HOME[name]), name)
+    return found

@@ -1,6 +1,5 @@
 """Around a multirun: the whole grid is checked before its first job, and its frontier is shown after the last."""
 
-import sys
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -8,15 +7,17 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from analysis.records import RecordError
 from caldera.errors import CalderaError
 from sweeps.grid import expand, is_search
+from sweeps.job import conclude
 from sweeps.launching import check_launcher
+from sweeps.live import end_live, show_live
+from sweeps.manifest import remember
+from sweeps.overview import Results
 from sweeps.pipeline import check_inputs, finished
 from sweeps.plan import resolve
 from sweeps.point import Point
 from sweeps.progress import SWEEP
-from sweeps.store import read_sealed
 from sweeps.wording import refuse, sentence
 
 
@@ -26,6 +27,8 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         points, problems = [], []
         self.problems: list[str] = []  # of a search: choices that make no point
+        if config.retry is not None:
+            refuse([f"retry={config.retry} runs its points by itself: leave out -m and experiment=..."])
         try:
             check_launcher(config.hydra.launcher)
             jobs = expand(config)
@@ -49,12 +52,17 @@ class SweepCallback(Callback):
             refuse([sentence(error)])
         if is_search(config):
             self.points = []  # the search adds those that it chooses
+            show_live(Results(Path(config.results), config.sweep))
             return
         SWEEP.total = len(todo)
+        remember(self.points)
         print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
+        names = frozenset(name for point in self.points for name in (point.name, point.uncompressed.name))
+        show_live(Results(self.points[0].results, names=names))
 
     def add(self, point: Point) -> None:
         """A point that was not planned before the first job."""
+        remember([point])
         self.points.append(point)
 
     def _show_plan(self) -> None:
@@ -67,29 +75,6 @@ class SweepCallback(Callback):
         self.points = []  # nothing is run
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        if not (self.points or self.problems):
-            return
-        show(Path(config.results))
-        failed = [
-            name for name, record in ((p.name, _record(p)) for p in self.points) if record.get("status") != "done"
-        ]
-        for name in failed:
-            print(f"failed: {name}, see its record.json and log.txt", file=sys.stderr)
-        for problem in self.problems:
-            print(f"failed: {problem}", file=sys.stderr)
-        if failed or self.problems:
-            raise SystemExit(1)
-
-
-def _record(point: Point) -> dict:
-    return read_sealed(point.folder / "record.json") or {}
-
-
-def show(results: Path) -> None:
-    """The table and the picture of a results folder; a line that says why when there is nothing to draw."""
-    from analysis.frontier import report
-
-    try:
-        report(results)
-    except RecordError as error:
-        print(f"caldera-run: {error}", file=sys.stderr)
+        if self.points or self.problems:
+            end_live()
+            conclude(Path(config.results), [point.name for point in self.points], self.problems)

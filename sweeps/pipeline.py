@@ -14,6 +14,7 @@ from filelock import FileLock
 from caldera.errors import CalderaError, UserError
 from sweeps import record as records
 from sweeps.evaluate import Evaluation
+from sweeps.heartbeat import working_on
 from sweeps.keep import tidy
 from sweeps.point import Point, axes, uncompressed_axes
 from sweeps.progress import Reporter, log_file, logger, warn
@@ -43,7 +44,7 @@ def run_point(point: Point, reporter: Reporter) -> dict:
     if record := finished(point):
         return record
     point.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(point.folder / ".lock"), log_file(point.folder / "log.txt"):
+    with FileLock(point.folder / ".lock"), log_file(point.folder / "log.txt"), working_on(point) as reporter.pulse:
         if record := finished(point):
             return record
         records.reset_peak()

@@ -1,6 +1,10 @@
-"""What a person sees while a point runs: a bar on a terminal, a line now and then elsewhere, and a log file a point."""
+"""What a person sees while a point runs: a bar on a terminal, a line now and then elsewhere, and a log file a point.
+
+While a live table shows a whole sweep (`sweeps.live`), points of all processes are quiet; warnings show above it.
+"""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sweeps.heartbeat import Heartbeat
+
+LIVE = "CALDERA_LIVE"  # environment variable, for workers too: the file that takes what is to show above a live table
 EVERY = 10.0  # seconds between two lines about one stage, when the output is no terminal
 logger = logging.getLogger("caldera.sweeps")
+logger.addHandler(logging.NullHandler())  # what `warn` prints is not to be printed again where no log file is open
 
 
 def clock(seconds: float) -> str:
@@ -24,8 +32,24 @@ def clock(seconds: float) -> str:
 
 def warn(text: str) -> None:
     """One line on stderr and in the point's log."""
-    print(f"  warning: {text}", file=sys.stderr, flush=True)
+    complain(f"  warning: {text}")
     logger.warning(text)
+
+
+def complain(text: str) -> None:
+    """One line on stderr, or above the live table, from whatever process."""
+    try:
+        board = os.open(os.environ.get(LIVE, ""), os.O_WRONLY | os.O_APPEND)
+    except OSError:  # there is no live table, or none any more
+        print(text, file=sys.stderr, flush=True)
+        return
+    with open(board, "w") as stream:
+        stream.write(f"{text}\n")
+
+
+def is_live() -> bool:
+    """Whether a live table has the terminal."""
+    return LIVE in os.environ
 
 
 @dataclass
@@ -61,21 +85,24 @@ class Reporter:
     timings: dict[str, float] = field(default_factory=dict)
     reused: dict[str, float] = field(default_factory=dict)
     stage_name: str = "start"
+    pulse: Heartbeat = field(default_factory=Heartbeat)
     console: Console = field(default_factory=lambda: Console(file=sys.stdout, soft_wrap=True, highlight=False))
 
     def say(self, text: str) -> None:
         """One line for the person and the log."""
-        self.console.print(text, markup=False)
+        if not is_live():
+            self.console.print(text, markup=False)
         logger.info(text)
 
     @contextmanager
     def stage(self, name: str) -> Iterator["Stage"]:
         """Time a stage; calls to what it yields, with (done, total), show how far it is."""
         self.stage_name, start = name, time.perf_counter()
+        self.pulse.begin(name)
         bar = Progress(
             TextColumn("  {task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self.console, transient=True, disable=not self.console.is_terminal,
+            console=self.console, transient=True, disable=is_live() or not self.console.is_terminal,
         )  # fmt: skip
         with bar:
             yield Stage(self, name, bar, bar.add_task(name, total=None), start)
@@ -94,6 +121,7 @@ class Stage:
 
     def __call__(self, done: int, total: int) -> None:
         self.bar.update(self.task, completed=done, total=total)
+        self.reporter.pulse.reached(done, total)
         now = time.perf_counter()
         self.last = self.last or self.start
         if now - self.last < EVERY or done >= total or not done:

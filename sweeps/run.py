@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach main(), which words them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,17 +33,23 @@ def app(cfg: DictConfig) -> tuple[float, ...] | None:
             refuse([sentence(error)])
         if single:
             raise
-        print(f"  failed: {sentence(error)}", file=sys.stderr, flush=True)
+        from sweeps.progress import complain
+
+        complain(f"  failed: {sentence(error)}")
     return None
 
 
 def _run(cfg: DictConfig, single: bool) -> tuple[float, ...] | None:
     if cfg.plan and not single:
         return None  # the callback has said all
-    from sweeps.callback import show
-    from sweeps.pipeline import check_inputs, finished, run_point
+    if cfg.retry is not None:
+        from sweeps.retry import retry
+
+        retry(cfg, list(HydraConfig.get().overrides.task))
+        return None
+    from sweeps.job import show, work
+    from sweeps.manifest import remember
     from sweeps.plan import resolve
-    from sweeps.progress import SWEEP, Reporter
     from sweeps.search.objectives import costs
 
     point = resolve(cfg)
@@ -53,21 +58,10 @@ def _run(cfg: DictConfig, single: bool) -> tuple[float, ...] | None:
 
         show_plan([point])
         return None
-    if point.config["compute"]["threads"]:
-        import torch
-
-        torch.set_num_threads(point.config["compute"]["threads"])
-    reporter = Reporter(point.name)
-    if record := finished(point):
-        reporter.say(f"{point.name}: done before")
-    else:
-        if single:  # the whole grid of a multirun was checked before its first point
-            check_inputs(point)
-        with SWEEP.point() as heading:
-            reporter.say(heading(point.name))
-            record = run_point(point, reporter)
+    remember([point])
+    record = work(point, check=single)  # the whole grid of a multirun was checked before its first point
     if single:
-        show(Path(point.config["results"]))
+        show(point.results)
         return None
     return costs(record, point.config["search"]["objectives"])
 

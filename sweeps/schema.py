@@ -199,6 +199,7 @@ class Config:
     cache: str | None = None  # folder of what points share; null: $CALDERA_CACHE or the user's cache folder
     seed: int = 0
     plan: bool = False  # only say what the points would take
+    retry: str | None = None  # a sweep, or its results folder: run its points that are not done, as they were planned
     force: bool = False  # compute a point again although its record is there
 
 

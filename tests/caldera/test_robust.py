@@ -195,7 +195,7 @@ def test_other_errors_pass_the_guard_as_they_are():
 
 
 def test_an_iterate_that_is_no_number_is_an_error_by_name(monkeypatch):
-    loop = importlib.import_module("caldera.decompose")._Loop
+    loop = importlib.import_module("caldera.decomposition")._Loop
     monkeypatch.setattr(loop, "_undamped", lambda *_: float("nan"))
     with pytest.raises(NumericalError, match=r"layer\.q: LR of iteration 0: the relative error is nan"):
         decompose(gaussian(8, 16), second_moments(16), Method(rank=4), name="layer.q")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from caldera import Method, decompose, prepare
 from caldera.blocks import Stream, input_groups
-from caldera.decompose import relative_error
+from caldera.decomposition import relative_error
 from caldera.linalg import energy
 from caldera.lowrank import lplr
 from caldera.moments import Accumulator, add_product
@@ -50,7 +50,7 @@ def sizes(shape) -> Sizes:
 @pytest.fixture
 def all_alternations(monkeypatch):
     """LPLR ends after as many alternations as it is told, in the code and in the counts."""
-    monkeypatch.setattr(importlib.import_module("caldera.decompose"), "GAIN", 0.0)
+    monkeypatch.setattr(importlib.import_module("caldera.decomposition"), "GAIN", 0.0)
     monkeypatch.setattr(costs, "ALTERNATIONS", 99)
 
 
