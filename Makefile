@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/caldera-run experiment=demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # `make bench quick=1` for smaller cases.
 bench: setup

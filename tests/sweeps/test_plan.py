@@ -15,10 +15,12 @@ NEUTRAL = {
     "model.name", "model.path", "model.gguf_package", "model.gguf_file", "model.revision", "model.trust_remote_code",
     "calibration.allow_overlap", "tracker.name", "tracker.mode", "tracker.project", "tracker.entity",
     "compute.device", "compute.threads", "compute.spill_mb", "compute.workers", "compute.backend",
-    "sweep", "results", "cache", "plan", "force", "checkpoint.keep",
+    "sweep", "results", "cache", "plan", "retry", "force", "checkpoint.keep",
+    "search.objectives", "search.trials", "search.batch", "search.screen", "search.blocks", "search.prune_margin",
 }  # fmt: skip
 TEXT = {"calibration.text": "embedded_validation", "evaluation.text": "embedded_validation"}
 OTHER = TEXT | {
+    "retry": "other", "search.objectives": ["bits/model", "perplexity"],
     "q.family": "uniform", "l.family": "uniform", "r.family": "uniform",
     "q.scale": "row", "l.scale": "row", "r.scale": "row",
     "model.include": ["*self_attn*"], "model.exclude": ["*.o_proj"], "method.inputs": "original",
