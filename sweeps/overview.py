@@ -109,13 +109,12 @@ class Results:
         return self._read[path][1]
 
     def _status(self, name: str, planned: dict[str, str], record: dict | None) -> Status:
-        """A process at work outranks a record, a finished record what a process left, and that a failed record."""
+        """A process at work outranks a record, and what a killed one left a failed record that is older."""
         sweep = planned.get(name)
         beat = read_heartbeat(self.folder / "points" / name / PROGRESS)
-        done = record is not None and record["status"] == "done"
         if beat and is_alive(beat):
             return _begun(name, sweep, beat)
-        if beat and not done:
+        if beat and (record is None or (record["status"] != "done" and record["ended"] < beat["started"])):
             return replace(_begun(name, sweep, beat), state="interrupted", stage_left=None)
         if record is None:  # there is none, or a damaged one
             return Status(name, sweep, "waiting", beside=bool(planned) and sweep is None)

@@ -128,6 +128,17 @@ def test_what_waits_is_counted_and_its_time_estimated(results, swept):
     assert overview.seconds_left == pytest.approx(2 * pace)
 
 
+@pytest.mark.parametrize(("began", "state"), [(-60, "failed"), (60, "interrupted")])
+def test_what_a_killed_process_left_counts_if_its_failure_is_not_recorded(results, swept, began, state):
+    name = swept.of(model="dead", method="caldera")["name"]
+    record = results / "points" / name / "record.json"
+    times = dict.fromkeys(("started", "updated", "stage_started"), record.stat().st_mtime + began)
+    left = {"pid": 2**22 + 1, "host": platform.node(), "stage": "compress", "done": 1, "total": 4} | times
+    record.with_name("progress.json").write_text(json.dumps(left))
+    (found,) = [point for point in Results(results).look().points if point.name == name]
+    assert found.state == state
+
+
 def test_a_damaged_record_is_named_and_waits(results, swept, status):
     name = swept.of(model="tiny", method="caldera")["name"]
     record = results / "points" / name / "record.json"
