@@ -3,7 +3,6 @@
 The launchers themselves are in `hydra_plugins/caldera_launchers.py`, as Hydra takes them from that namespace alone.
 """
 
-import json
 import os
 import re
 import shutil
@@ -102,6 +101,7 @@ def record_lost(point, error: Exception) -> None:
     from filelock import FileLock, Timeout
 
     from sweeps import record as records
+    from sweeps.heartbeat import PROGRESS, read_heartbeat
     from sweeps.pipeline import finished
     from sweeps.point import axes
     from sweeps.store import write_sealed
@@ -114,19 +114,13 @@ def record_lost(point, error: Exception) -> None:
             if finished(point):
                 return
             failed = records.skeleton(point, axes(point), "failed")
-            failed["error"] = records.error_of(error, stage_of(point.folder), None)
+            last = point.folder / PROGRESS
+            failed["error"] = records.error_of(error, (read_heartbeat(last) or {"stage": "start"})["stage"], None)
             write_sealed(point.folder / "record.json", failed)
+            last.unlink(missing_ok=True)
             track(failed, point.config["tracker"], point.results)
     except Timeout:
         return
-
-
-def stage_of(folder: Path) -> str:
-    """The stage that a point's process was in when it last said so."""
-    try:
-        return json.loads((folder / "progress.json").read_text())["stage"]
-    except (OSError, ValueError, KeyError):
-        return "start"
 
 
 # --------------------------------------------------------------------------------------------------------- the machine

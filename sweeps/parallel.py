@@ -84,7 +84,7 @@ class Workers:
         register_ray()
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS")
-            ray.init(address=address, num_cpus=None if address else self.count, log_to_driver=False)
+            ray.init(address=address or "local", num_cpus=None if address else self.count, log_to_driver=False)
 
 
 @contextmanager

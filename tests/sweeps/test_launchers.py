@@ -13,6 +13,7 @@ import pytest
 from joblib import cpu_count
 
 from sweeps.launching import THREADS, share
+from sweeps.overview import Results
 from tests.sweeps.swept import NO_TASKS, Swept
 
 LAUNCHERS = ["basic", "processes", "slurm_local", "ray"]
@@ -100,7 +101,9 @@ def test_the_points_of_a_dead_process_are_tried_once_more_and_the_others_go_on(n
     assert {rank: swept.of(rank=rank)["status"] for rank in (0, 2, 4)} == {0: "done", 2: "failed", 4: "done"}
     failed = swept.of(rank=2)
     assert failed["error"]["type"] == "Killed" and "out of memory" in failed["error"]["message"]
+    assert failed["error"]["stage"] in ("start", "calibrate", "compress", "load", "perplexity")
     assert (failed["metrics"], failed["bits"]) == ({}, None)
+    assert Results(results).look().counts == {"running": 0, "failed": 1, "interrupted": 0, "waiting": 0, "done": 2}
     assert (code, f"failed: {failed['name']}" in errors) == (1, True)
     assert f"failed: {swept.of(rank=4)['name']}" not in errors
 
