@@ -39,26 +39,35 @@ class SweepCallback(Callback):
                 points.append(resolve(job))
             except CalderaError as error:
                 problems.append(sentence(error))
-        refuse(problems)
         self.points = list({point.key: point for point in points}.values())
-        if any(point.config["plan"] for point in self.points):
+        if config.plan:
+            refuse(problems)
             self._show_plan()
             return
-        try:
-            todo = [point for point in self.points if not finished(point)]
-            for point in {p.texts: p for p in todo}.values():
-                check_inputs(point)
-        except CalderaError as error:
-            refuse([sentence(error)])
+        refuse(problems + self._input_problems())
         if is_search(config):
             self.points = []  # the search adds those that it chooses
             show_live(Results(Path(config.results), config.sweep))
             return
-        SWEEP.total = len(todo)
         remember(self.points)
         print(f"{len(self.points)} points, {SWEEP.total} of them to compute", flush=True)
         names = frozenset(name for point in self.points for name in (point.name, point.uncompressed.name))
         show_live(Results(self.points[0].results, names=names))
+
+    def _input_problems(self) -> list[str]:
+        """What is wrong with the weights and texts of the points that are to be computed; these count from here on."""
+        problems = []
+        try:
+            todo = [point for point in self.points if not finished(point)]
+        except CalderaError as error:
+            return [sentence(error)]
+        for point in {p.texts: p for p in todo}.values():
+            try:
+                check_inputs(point)
+            except CalderaError as error:
+                problems.append(sentence(error))
+        SWEEP.total = len(todo)
+        return problems
 
     def add(self, point: Point) -> None:
         """A point that was not planned before the first job."""

@@ -13,6 +13,7 @@ from caldera.errors import CalderaError, NumericalError
 from sweeps import tasks
 from sweeps.pipeline import check_inputs
 from sweeps.wording import sentence
+from tests.sweeps.swept import NO_TASKS
 
 
 @pytest.fixture
@@ -218,3 +219,13 @@ def test_the_script_says_one_line_and_exits_with_1(case, refused):
     assert CONSOLE[case][1] in done.stderr.splitlines()[-1]
     assert done.stderr.count("\n") == 1
     assert not (results / "points").exists()
+
+
+def test_every_problem_of_a_grid_is_listed_before_its_first_job(application, tmp_path):
+    (tmp_path / "short.txt").write_text("far too few words")
+    texts = f"calibration.text=embedded_calibration,{tmp_path}/short.txt"
+    code, output, errors = application("-m", "rank.k=2,900,-1", texts, NO_TASKS)
+    assert (code, output) == (1, "") and not (tmp_path / "results" / "points").exists()
+    first, second, third = errors.splitlines()
+    assert "rank.k=900 exceeds the smaller side" in first and "rank.k=-1 must be" in second
+    assert ("calibration.sequences: " in third and "short.txt" in third) or "need 1024 tokens" in third
