@@ -1,11 +1,9 @@
 """Which of many points to compute: functions of what is expected of them, pairs of which less is better."""
 
-import math
 from collections.abc import Sequence
 
 Expected = tuple[float, float]  # stored bits, predicted error
-TINY = 1e-9  # an error of nothing
-BEYOND = 0.1  # of the range of what is compared: how far behind the worst the reference lies
+BEYOND = 0.2  # of the range of what is compared: how far behind the worst the reference lies
 
 
 def beats(one: Expected, other: Expected, margin: float) -> bool:
@@ -14,12 +12,12 @@ def beats(one: Expected, other: Expected, margin: float) -> bool:
 
 
 def gains(candidates: Sequence[Expected], known: Sequence[Expected]) -> list[float]:
-    """What each candidate would add to the known ones' area of bits and log error."""
-    logs = [(bits, math.log(max(error, TINY))) for bits, error in (*candidates, *known)]
-    reference = tuple(max(axis) + BEYOND * (max(axis) - min(axis) or 1.0) for axis in zip(*logs))
-    before = logs[len(candidates) :]
+    """What each candidate would add to the known ones' area of bits and squared error, which log perplexity follows."""
+    losses = [(bits, error**2) for bits, error in (*candidates, *known)]
+    reference = tuple(max(axis) + BEYOND * (max(axis) - min(axis) or 1.0) for axis in zip(*losses))
+    before = losses[len(candidates) :]
     area = hypervolume(before, reference)
-    return [hypervolume([*before, one], reference) - area for one in logs[: len(candidates)]]
+    return [hypervolume([*before, one], reference) - area for one in losses[: len(candidates)]]
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
