@@ -174,7 +174,7 @@ class SearchConfig:
     objectives: list[str] = field(default_factory=lambda: ["bits/stored", "perplexity"])
     trials: int = 12
     batch: int = 1
-    screen: int = 16
+    screen: int = 64
     blocks: int = 4
     prune_margin: float | None = 0.05
 
