@@ -31,9 +31,13 @@ class SweepCallback(Callback):
             refuse([f"retry={config.retry} runs its points by itself: leave out -m and experiment=..."])
         try:
             check_launcher(config.hydra.launcher)
+        except CalderaError as error:
+            problems.append(sentence(error))
+        try:
             jobs = expand(config)
         except (CalderaError, HydraException, OmegaConfBaseException) as error:  # a value that its type refuses
-            jobs, problems = [], [sentence(error)]
+            jobs = []
+            problems.append(sentence(error))
         for job in jobs:
             try:
                 points.append(resolve(job))

@@ -43,9 +43,11 @@ def read_sealed(path: Path) -> dict | None:
 
     A record of the first schema, which had no checksum, is taken as it is.
     """
+    what = "is damaged"
     try:
         data = json.loads(path.read_bytes())
         expected = data.pop(CHECKSUM, None)
+        what = what if expected else "has no checksum (an earlier version's?)"
         if expected == digest(data) or (expected is None and data.get("schema_version") == 1):
             return data
     except FileNotFoundError:
@@ -54,7 +56,7 @@ def read_sealed(path: Path) -> dict | None:
         pass
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): see to the disk or its permissions") from error
-    warn(f"{path} is damaged: it is made again")
+    warn(f"{path} {what}: it is made again")
     return None
 
 
