@@ -104,6 +104,7 @@ def undisturbed(launcher) -> tuple[dict, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------- killed
+@pytest.mark.timeout(1800)  # a machine may be slow: thirty deaths take minutes
 def test_a_sweep_that_is_killed_at_any_moment_ends_with_the_same_bytes(launcher, undisturbed):
     """Moments are drawn over the sweep's time; when one is finished, the next begins with an empty folder."""
     expected, seconds = undisturbed
