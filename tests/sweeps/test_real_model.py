@@ -19,7 +19,7 @@ def test_smollm2_survives_two_bits(composed, tmp_path):
     record = run_point(point, Reporter(point.name))
     before = run_baseline(point, Reporter(point.name))["metrics"]["perplexity/heldout_256"]["value"]
     after = record["metrics"]["perplexity/heldout_256"]["value"]
-    assert (record["status"], finished(point, point.name)) == ("done", record)
+    assert (record["status"], finished(point)) == ("done", record)
     assert len(record["matrices"]) == 210 and record["bits"]["parameters"] == 106_168_320
     assert 2.04 < record["bits"]["stored"] < 2.05
     assert math.isfinite(after) and before < after < 6 * before

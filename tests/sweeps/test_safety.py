@@ -11,16 +11,18 @@ from tests.sweeps.swept import NO_TASKS, Swept
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # as long as a key of W&B's
 
 
-def test_secrets_are_in_no_file_and_in_nothing_that_is_said(application, monkeypatch, tmp_path):
+def test_secrets_are_in_no_file_and_in_nothing_that_is_said(console, settings, monkeypatch, tmp_path):
+    """In a process of its own: W&B remembers a key for as long as it is loaded."""
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("HF_TOKEN", f"hf_{SECRET}")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    code, output, errors = application("rank.k=2", "method=fast", NO_TASKS, "tracker=wandb")
     results = tmp_path / "results"
-    assert code == 0 and list(results.glob("wandb/offline-run-*"))
+    lines = ["rank.k=2", "method=fast", NO_TASKS, "tracker=wandb", f"results={results}"]
+    done = console(*(s for s in settings if s != "tracker=none"), *lines)
+    assert done.returncode == 0 and list(results.glob("wandb/offline-run-*"))
     files = [file for file in results.rglob("*") if file.is_file()]
     assert len(files) > 10 and not [file for file in files if SECRET.encode() in file.read_bytes()]
-    assert SECRET not in output + errors
+    assert SECRET not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("setting", ["model.name=../../up", "method.name=a/b", "sweep=../up", "sweep=..", "sweep=''"])
