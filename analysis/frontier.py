@@ -17,6 +17,7 @@ from analysis.records import RecordError, load_records, tidy
 SIZES = {"stored": "bits_stored", "nominal": "bits_nominal", "model": "bits_model", "megabytes": "megabytes"}
 # Axes that always have a column on the terminal, and those that these already say; others have one if they vary.
 IDENTITY, IMPLIED = {"method", "rank", "q", "l", "r"}, {"q_bits", "l_bits", "r_bits"}
+DETAILS = ("byte_perplexity/", "word_perplexity/", "kl_")  # metrics without a column, unless it is the frontier's
 PIPE_WIDTH = 1000  # columns when the output is no terminal: nothing is wrapped, the table is as wide as it needs
 
 
@@ -110,7 +111,7 @@ def _print(console: Console, table: pd.DataFrame) -> None:
     points = rows[is_compressed(rows)]
     varying = {axis for axis in table.attrs["axes"] if points[axis].map(str).nunique() > 1}
     axes = [axis for axis in table.attrs["axes"] if axis in IDENTITY | (varying - IMPLIED)]
-    metrics = list(table.attrs["metrics"])
+    metrics = [name for name in table.attrs["metrics"] if not name.startswith(DETAILS) or name == table.attrs["metric"]]
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("", *axes):
         view.add_column(escape(header), overflow="fold")

@@ -31,8 +31,14 @@ AXES = {
 MEASURES = {
     "acc": "Accuracy",
     "acc_norm": "Length-normalised accuracy",
+    "agreement": "Agreement with the uncompressed model's first choices",
+    "byte_perplexity": "Perplexity by byte",
     "kl": "KL divergence",
+    "kl_median": "Median KL divergence",
+    "kl_p90": "90th percentile of the KL divergence",
+    "kl_p99": "99th percentile of the KL divergence",
     "perplexity": "Perplexity",
+    "word_perplexity": "Perplexity by word",
 }
 TEXTS = {
     "boolq": "BoolQ passages",

@@ -1,9 +1,11 @@
 """What a model is scored on, in parts that are measured, and kept, one by one.
 
 A metric is a plain dict: value, stderr, higher_is_better, measured_on (all that must agree before two values may be
-compared) and samples (one number a row or document, in order, for paired comparisons). Missing is None.
+compared) and samples (one number a window or document, in order, for paired comparisons), of which the value is the
+mean: by `weights` if there are any, and exp of it if `scale` is "log". Missing is None.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterable
@@ -11,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caldera.errors import CalderaError, UserError
+from sweeps.perplexity import Windows, text_scores
 from sweeps.progress import Reporter, warn
 from sweeps.store import digest, once
 from sweeps.texts import text_digest
 
 VERSION = 2  # counts up when the same settings give other scores
+TEXT = ("rows", "length", "stride", "bos", "join", "kl_tokens")  # what scores on a text depend on beside it
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,8 @@ class Part:
 
 def parts(settings: dict, dtype: str) -> list[Part]:
     """All that the settings under `evaluation` ask for, in the order in which it is measured."""
-    text = (text_digest(settings["text"]), settings["rows"], settings["length"], dtype)
-    label = Path(settings["text"]).stem.removeprefix("embedded_")
-    found = [Part("perplexity", f"perplexity/{label}_{settings['length']}", text)]
+    text = (text_digest(settings["text"]), *(settings.get(key) for key in TEXT), dtype)
+    found = [Part("perplexity", text_name(settings), text)]
     if settings["tasks"]:
         harness = importlib.metadata.version("lm-eval")
         asked = (settings["limit"], settings["batch_size"], dtype, harness)
@@ -43,9 +46,16 @@ def parts(settings: dict, dtype: str) -> list[Part]:
     return found
 
 
+def text_name(settings: dict) -> str:
+    """The text and the windows' length, as metrics are called by them."""
+    label = settings["label"] or Path(settings["text"]).stem.removeprefix("embedded_")
+    return f"{label}_{settings['length']}"
+
+
 def evaluation_key(settings: dict, dtype: str) -> str:
-    """What all scores depend on beside the model."""
-    return digest([VERSION, [[p.stage, p.name, p.depends_on] for p in parts(settings, dtype)]])
+    """What all scores depend on beside the model, and what is asked about the uncompressed one."""
+    floor = ["noise_floor"] if settings["noise_floor"] else []
+    return digest([VERSION, [[p.stage, p.name, p.depends_on] for p in parts(settings, dtype)], *floor])
 
 
 def _task_digest(name: str) -> str | None:
@@ -60,7 +70,7 @@ def _task_digest(name: str) -> str | None:
 class Evaluation:
     """Scores of one model; `model` is the key of all that its weights depend on, `load` gives it when it is needed.
 
-    `rows` (rows, length) are the text's tokens, `facts` go with the perplexity.
+    `original` is the key of the uncompressed model, from which the divergence is measured, and what loads it.
     """
 
     settings: dict
@@ -68,9 +78,9 @@ class Evaluation:
     cache: Path
     model: str
     load: Callable[[], object]
-    rows: Callable[[], object]
+    windows: Callable[[], Windows]
     tokenizer: Callable[[], object]
-    facts: dict
+    original: tuple[str, Callable[[], object]]
 
     def run(self, reporter: Reporter, force: bool = False) -> dict[str, dict]:
         """Metrics by name, measured as far as the cache does not have them; `force`: all of them."""
@@ -81,7 +91,10 @@ class Evaluation:
         load, metrics, reused = functools.cache(lambda: self._loaded(reporter)), {}, 0
         for stage in dict.fromkeys(part.stage for part in wanted):
             some = [part for part in wanted if part.stage == stage]
-            if not all(files[part].is_file() for part in some):
+            missing = [part for part in some if not files[part].is_file()]
+            for part in missing:
+                self._prepare(part, reporter)
+            if missing:
                 load()  # a stage of its own
             with reporter.stage(stage) as progress:
                 for i, part in enumerate(some):
@@ -92,15 +105,48 @@ class Evaluation:
         reporter.reused["evaluation"] = reused / len(wanted)
         return metrics
 
+    def _reference(self, part: Part):
+        """A context with what the uncompressed model says of the text, or with None where it is not asked for."""
+        count = self.settings["kl_tokens"]
+        if not count:
+            return contextlib.nullcontext()
+        from sweeps.reference import reference
+
+        depends_on = [VERSION, part.depends_on, self.original[0]]
+        return reference(self.cache / "references" / f"{digest(depends_on)[:24]}.safetensors", count)
+
+    def _prepare(self, part: Part, reporter: Reporter) -> None:
+        """Have the uncompressed model say it, before another model takes the memory; its own evaluation does so too."""
+        key, load = self.original
+        if part.stage != "perplexity" or key == self.model:
+            return
+        with self._reference(part) as found:
+            if found is not None and found.known is None:
+                with reporter.stage("reference") as progress:
+                    text_scores(load(), self.windows(), part.name, None, found, progress)
+
+    def noise_floor(self, load: Callable[[], object], metrics: dict, reporter: Reporter) -> dict[str, float | None]:
+        """What float32 would change of the scores of the uncompressed model on the text; `load` gives it in float32.
+
+        Of perplexities what is more than in float32, of the divergence and the agreement those of the model in float32.
+        """
+        (part,) = (part for part in parts(self.settings, self.dtype) if part.stage == "perplexity")
+
+        def measured() -> dict:
+            with reporter.stage("noise_floor") as progress, self._reference(part) as found:
+                scores = text_scores(load(), self.windows(), part.name, self.tokenizer(), found, progress)
+            return {name: _change(metrics[name], score) for name, score in scores.items()}
+
+        return once(Part("noise_floor", part.name, part.depends_on).file(self.cache, self.model), measured)[0]
+
     def _loaded(self, reporter: Reporter):
         with reporter.stage("load"):
             return self.load()
 
     def _measured(self, part: Part, model, progress: Callable[[int, int], None]) -> dict[str, dict]:
         if part.stage == "perplexity":
-            from sweeps.perplexity import perplexity
-
-            return {part.name: perplexity(model, self.rows(), **self.facts, progress=progress)}
+            with self._reference(part) as found:
+                return text_scores(model, self.windows(), part.name, self.tokenizer(), found, progress)
         from sweeps.tasks import run_tasks
 
         def run(batch: int) -> dict[str, dict]:
@@ -108,6 +154,12 @@ class Evaluation:
             return run_tasks(model, self.tokenizer(), [part.name], **options)
 
         return halving(run, self.settings["batch_size"], f"evaluation of {part.name}")
+
+
+def _change(metric: dict, exact: dict) -> float | None:
+    if exact.get("scale") != "log":
+        return exact["value"]
+    return None if None in (metric["value"], exact["value"]) else metric["value"] - exact["value"]
 
 
 def _within(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:

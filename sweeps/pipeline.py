@@ -4,6 +4,7 @@ Moments and what points share of the fit lie in the cache, and so do the scores 
 block by block, and records in the results. Each is named by the hash of what it depends on and made under a lock.
 """
 
+import contextlib
 import functools
 import gc
 import math
@@ -16,9 +17,11 @@ from sweeps import record as records
 from sweeps.evaluate import Evaluation
 from sweeps.heartbeat import working_on
 from sweeps.keep import tidy
+from sweeps.perplexity import Windows
 from sweeps.point import Point, axes, uncompressed_axes
 from sweeps.progress import Reporter, log_file, logger, warn
 from sweeps.store import read_sealed, write_sealed
+from sweeps.texts import text_digest
 from sweeps.trackers import track
 
 
@@ -114,13 +117,15 @@ def run_baseline(point: Point, reporter: Reporter) -> dict:
 
 
 def _uncompressed(point: Point, reporter: Reporter) -> dict:
-    from sweeps.models import load_model
     from sweeps.outline import outline_of
 
-    trusted = point.config["model"]["trust_remote_code"]
-    load = lambda: load_model(point.source, point.dtype, trusted).to(point.device)  # noqa: E731
-    metrics = _evaluation(point, load).run(reporter, point.config["force"])
+    evaluation = _evaluation(point, lambda: _uncompressed_model(point, point.dtype))
+    metrics = evaluation.run(reporter, point.config["force"])
     record = records.skeleton(point, uncompressed_axes(point), "done")
+    if point.config["evaluation"]["noise_floor"] and point.dtype != "float32":
+        exact = lambda: _uncompressed_model(point, "float32")  # noqa: E731
+        record["noise_floor"] = evaluation.noise_floor(exact, metrics, reporter)
+    trusted = point.config["model"]["trust_remote_code"]
     width, parameters = 8.0 * _dtype(point).itemsize, outline_of(point.source, point.cache, trusted).parameters
     compressed = sum(math.prod(shape) for shape in point.inventory.values())
     counts = {"parameters": compressed, "model_parameters": parameters}
@@ -155,7 +160,7 @@ def _budgeted(point: Point, reporter: Reporter, calibration, shared) -> dict:
     from sweeps.allocation import Probe, decided, report
 
     def probe() -> Probe:
-        rows, original = functools.partial(_rows, point, "calibration"), functools.partial(_original, point)
+        rows, original = functools.partial(_rows, point), functools.partial(_original, point)
         return Probe(point, calibration, _stored(point), original, rows, _spill(point), shared)
 
     table = decided(probe, point, reporter)
@@ -172,11 +177,11 @@ def _inputs(point: Point, reporter: Reporter):
     with reporter.stage("calibrate") as progress:
         hidden = point.correction is not None
         reporter.reused["moments"] = float(is_complete(folder, hidden))
-        texts = functools.partial(_rows, point, "calibration")
+        texts = functools.partial(_rows, point)
         found = ensure_calibration(folder, lambda: _original(point), texts, progress, hidden, spill)
     if point.correction is None:
         return Original(found)
-    return CorrectedPrefix(found, _original(point), _rows(point, "calibration"), point.correction, spill)
+    return CorrectedPrefix(found, _original(point), _rows(point), point.correction, spill)
 
 
 def _spill(point: Point):
@@ -186,10 +191,17 @@ def _spill(point: Point):
 
 
 def _evaluation(point: Point, load) -> Evaluation:
-    settings = point.config["evaluation"]
-    facts = {"text": settings["text"], "tokenizer_digest": point.tokenizer}
-    given = {"rows": lambda: _rows(point, "evaluation"), "tokenizer": lambda: _tokenizer(point.source), "facts": facts}
-    return Evaluation(settings, point.dtype, point.cache, point.fit_key, load, **given)
+    tokenizer, original = lambda: _tokenizer(point.source), lambda: _uncompressed_model(point, point.dtype)
+    given = {"windows": lambda: _windows(point), "tokenizer": tokenizer}
+    given |= {"original": (point.uncompressed.fit_key, original)}
+    return Evaluation(point.config["evaluation"], point.dtype, point.cache, point.fit_key, load, **given)
+
+
+def _uncompressed_model(point: Point, dtype: str):
+    """All of it in memory, as it is evaluated."""
+    from sweeps.models import load_model
+
+    return load_model(point.source, dtype, point.config["model"]["trust_remote_code"]).to(point.device)
 
 
 def _packed(point: Point):
@@ -212,27 +224,53 @@ def check_texts(point: Point) -> None:
     from sweeps.texts import check_no_overlap, load_texts
 
     settings = point.config["calibration"]
-    _rows(point, "calibration")
-    _rows(point, "evaluation")
+    _rows(point)
+    _windows(point)
     if not settings["allow_overlap"]:
         check_no_overlap(load_texts(settings["text"]), load_texts(point.config["evaluation"]["text"]))
 
 
-def _rows(point: Point, group: str):
-    """Token rows of the calibration or evaluation text. Raises UserError naming the group when there are too few."""
-    settings = point.config[group]
-    count, seed = ("sequences", settings["shuffle_seed"]) if group == "calibration" else ("rows", None)
+def _rows(point: Point):
+    """Token rows of the calibration text. Raises UserError naming the field when there are too few."""
+    settings = point.config["calibration"]
+    with _naming("calibration.sequences"):
+        chosen = [settings[key] for key in ("text", "sequences", "length", "shuffle_seed")]
+        return _token_rows(point.source, *chosen)
+
+
+def _windows(point: Point) -> Windows:
+    """Windows of the evaluation text. Raises UserError naming the field when there are too few."""
+    settings = point.config["evaluation"]
+    stride = settings["stride"] or settings["length"] - settings["bos"]
+    source = (settings["text"], settings["rows"], settings["length"], stride, settings["bos"], settings["join"])
+    with _naming("evaluation.rows"):
+        rows = _token_windows(point.source, *source)
+    facts = {"text": settings["label"] or settings["text"], "text_digest": text_digest(settings["text"])}
+    facts |= {"join": settings["join"], "tokenizer": point.tokenizer}
+    return Windows(rows, stride, settings["bos"], facts)
+
+
+@contextlib.contextmanager
+def _naming(field: str):
+    """Errors inside name the field."""
     try:
-        return _token_rows(point.source, settings["text"], settings[count], settings["length"], seed)
+        yield
     except CalderaError as error:
-        raise type(error)(f"{group}.{count}: {error}") from error
+        raise type(error)(f"{field}: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)
-def _token_rows(checkpoint: Path, text: str, count: int, length: int, seed: int | None):
+def _token_rows(checkpoint: Path, text: str, count: int, length: int, seed: int):
     from sweeps.texts import load_texts, token_rows
 
     return token_rows(load_texts(text), _tokenizer(checkpoint), count, length, seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _token_windows(checkpoint: Path, text: str, *options):
+    from sweeps.texts import load_texts, token_windows
+
+    return token_windows(load_texts(text, blank=options[-1] is not None), _tokenizer(checkpoint), *options)
 
 
 @functools.lru_cache(maxsize=1)

@@ -30,6 +30,7 @@ def skeleton(point: Point, axes: dict, status: str) -> dict:
         "point": axes,
         "bits": None,
         "metrics": {},
+        "noise_floor": None,  # of the uncompressed model, if asked for: what the metrics change by in float32
         "matrices": [],
         "allocation": None,  # of a budget: what was asked, reached and chosen
         "timings_s": {},

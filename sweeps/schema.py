@@ -114,11 +114,23 @@ class MethodConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Perplexity over `rows` windows of `length` tokens of `text`, and lm-eval `tasks` on `limit` documents each."""
+    """Scores on `rows` windows (null: all) of `length` tokens of `text`, and lm-eval `tasks` on `limit` documents each.
+
+    Windows begin `stride` tokens apart (null: they do not overlap), each with a `bos` token if that is true. Documents
+    end with the end-of-sequence token, or are joined by `join`. The divergence from the uncompressed model is measured
+    by `kl_tokens` of each of its distributions (0: not at all). `noise_floor`: how far off the uncompressed model is
+    from itself in float32.
+    """
 
     text: str = MISSING
-    rows: int = MISSING
+    rows: int | None = MISSING
     length: int = MISSING
+    stride: int | None = None
+    bos: bool = False
+    join: str | None = None
+    label: str | None = None  # what metrics call the text; null: the last part of its path
+    kl_tokens: int = 24
+    noise_floor: bool = False
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 8

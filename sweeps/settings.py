@@ -30,7 +30,7 @@ def check_numbers(config: dict) -> None:
     for field, value in ((f"{g}.{k}", v) for g, settings in groups.items() for k, v in settings.items()):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{field}={value} must be a finite number")
-        if field.endswith(".name") and value and "/" in value:
+        if field.endswith((".name", ".label")) and value and "/" in value:
             raise UserError(f"{field}={value!r} names files: leave out the slash")
     if "/" in config["sweep"] or config["sweep"] in ("", ".", ".."):
         raise UserError(f"sweep={config['sweep']!r} names files: give it a word without slashes")
@@ -39,12 +39,16 @@ def check_numbers(config: dict) -> None:
     positive = {"calibration": ("sequences", "length"), "evaluation": ("rows", "length", "batch_size", "limit")}
     positive |= {"search": ("trials", "batch", "screen", "blocks")}
     least_of = {f"{g}.{n}": 2 if n == "length" else 1 for g, names in positive.items() for n in names}
+    least_of |= {"evaluation.stride": 1, "evaluation.kl_tokens": 0}
     least_of |= dict.fromkeys(("compute.threads", "compute.workers", "compute.spill_mb", "search.prune_margin"), 0)
     for field, least in least_of.items():
         group, name = field.split(".")
         value = config[group][name]
         if value is not None and value < least:
             raise UserError(f"{field}={value} must be at least {least}")
+    stride, most = config["evaluation"]["stride"], config["evaluation"]["length"] - config["evaluation"]["bos"]
+    if stride is not None and stride > most:
+        raise UserError(f"evaluation.stride={stride} must be at most {most}, or tokens between windows are left out")
 
 
 def method_of(config: dict) -> Method | None:

@@ -12,6 +12,8 @@ from sweeps.budget import Budget, Table, guessed_table
 from sweeps.outline import Group, Outline
 from sweeps.point import Point
 
+ALL_TOKENS = 340_000  # of a text of which all is asked for: WikiText-2's test split has about so many
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -38,7 +40,8 @@ class Sizes:
         c, e, compute = (point.config[key] for key in ("calibration", "evaluation", "compute"))
         return cls(
             model, tuple(point.inventory), point.method, point.correction is not None,
-            (c["sequences"], c["length"]), (e["rows"], e["length"]), tuple(e["tasks"]), e["limit"], e["batch_size"],
+            (c["sequences"], c["length"]), (e["rows"] or ALL_TOKENS // e["length"], e["length"]),
+            tuple(e["tasks"]), e["limit"], e["batch_size"],
             4 if point.dtype == "float32" else 2, point.workers.count if point.method else 1,
             compute["spill_mb"] * 2**20, point.config["checkpoint"]["keep"] != "none",
             guessed_table(point.budget, point.scale) if point.allocated else point.table,

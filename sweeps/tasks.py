@@ -6,13 +6,15 @@ import functools
 import importlib.metadata
 import importlib.resources
 import logging
+import re
+import string
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from caldera.errors import UserError
-from sweeps.texts import embedded_data
+from sweeps.texts import embedded_data, load_texts
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 TOKENS: WeakKeyDictionary = WeakKeyDictionary()  # of each tokenizer: what was tokenized for the tasks so far
@@ -77,6 +79,20 @@ def embedded_split(folder: str, **_) -> dict:
 
     file = embedded_data() / "hf_datasets" / folder / "validation" / "data-00000-of-00001.arrow"
     return {"validation": Dataset.from_file(str(file), in_memory=True)}  # on disk, map() would write beside the file
+
+
+def last_words(source: str, **_) -> dict:
+    """lm-eval's `custom_dataset` of conf/tasks/last_word.yaml: passages that end in a word which occurs before."""
+    from datasets import Dataset
+
+    passages = [text.rstrip(string.punctuation + string.whitespace) for text in load_texts(source)]
+    return {"validation": Dataset.from_dict({"text": [text for text in passages if _repeats(text)]})}
+
+
+def _repeats(text: str) -> bool:
+    """Whether the last word, of four letters or more, stands earlier in the text too."""
+    before, space, word = text.rpartition(" ")
+    return bool(space) and len(word) >= 4 and word.isalpha() and re.search(rf"\b{word}\b", before) is not None
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from caldera.errors import UserError
 EDITION = 1  # counts up when an embedded source changes what it selects
 SHARED_WORDS = 50  # a run of words this long in two texts is no coincidence
 BATCH = 64  # texts tokenized at a time
+JOINED = 1100  # texts tokenized as one at first: the number that papers take of C4
 DATASET = "dataset:"
 
 # Two passages of the other sources that share a long run with calibration. They are left out there, since leaving
@@ -28,17 +29,17 @@ DATASET = "dataset:"
 IN_CALIBRATION = ("New Jersey is a state in the Mid-Atlantic", "Vaudreuil and Montcalm were minimally resupplied")
 
 
-def load_texts(source: str) -> list[str]:
+def load_texts(source: str, blank: bool = False) -> list[str]:
     """The documents of an embedded source, a .txt or .jsonl file (field `text`), a folder of .txt files, or a dataset.
 
-    A dataset is `dataset:NAME:CONFIG:SPLIT:FIELD`, as `datasets.load_dataset` knows it; CONFIG may be empty, and what
-    is left out at the end is `train` and `text`. Raises UserError: no such source, nothing in it, a line that is no
-    JSON object with a `text`.
+    A dataset is `dataset:NAME:CONFIG:SPLIT:FIELD`, as `datasets.load_dataset` knows it; CONFIG may be empty, or a file
+    in it (with a dot), and what is left out at the end is `train` and `text`. Blank ones are left out, of a dataset
+    unless `blank`. Raises UserError: no such source, nothing in it, a line that is no JSON object with a `text`.
     """
     if source in EMBEDDED:
         return list(_embedded(source))
     if source.startswith(DATASET):
-        return [text for text in _dataset(source)[_dataset_parts(source)[3]] if text.strip()]
+        return [text for text in _dataset(source)[_dataset_parts(source)[3]] if blank or text.strip()]
     texts = [text for file in _files(source) for text in _documents(file) if text.strip()]
     if not texts:
         raise UserError(f"text source {source} holds no text: give files with content")
@@ -66,19 +67,64 @@ def token_rows(texts: Iterable[str], tokenizer, sequences: int, length: int, shu
 
     if sequences < 1 or length < 2:
         raise UserError(f"sequences is {sequences} and length {length}: at least 1 sequence of 2 tokens is needed")
-    texts, ids = list(texts), []
+    texts = list(texts)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(texts)
+    ids = _stream(texts, tokenizer, sequences * length)
+    if len(ids) < sequences * length:
+        raise UserError(
+            f"{sequences} sequences of {length} tokens need {sequences * length} tokens, but the text has {len(ids)}:"
+            f" lower sequences (at this length to {len(ids) // length}) or length, or give more text"
+        )
+    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+
+
+def token_windows(
+    texts: list[str], tokenizer, rows: int | None, length: int, stride: int, bos: bool = False, join: str | None = None
+):
+    """Windows of one stream of tokens, `stride` apart: int64 (rows, length), or as many as it has if `rows` is None.
+
+    The stream is that of `token_rows`; with `join` it is that of the texts with this string between them instead. With
+    `bos` that token stands before the length - 1 of each window. Raises UserError: too few tokens, no such token.
+    """
+    import torch
+
+    if bos and tokenizer.bos_token_id is None:
+        raise UserError("bos is true, but the tokenizer has no token for a beginning: set evaluation.bos=false")
+    width = length - bos
+    needed = None if rows is None else (rows - 1) * stride + width
+    ids = _stream(texts, tokenizer, needed) if join is None else _joined(texts, tokenizer, needed, join)
+    if len(ids) < (needed or width):
+        fit = max(0, (len(ids) - width) // stride + 1)
+        raise UserError(
+            f"{rows or 1} windows of {length} tokens need {needed or width} tokens, but the text has {len(ids)}:"
+            f" lower rows (at this length to {fit}) or length, or give more text"
+        )
+    windows = torch.tensor(ids[:needed]).unfold(0, width, stride)
+    start = torch.full((len(windows), int(bos)), tokenizer.bos_token_id if bos else 0)
+    return torch.cat([start, windows], 1)
+
+
+def _stream(texts: list[str], tokenizer, needed: int | None) -> list[int]:
+    """Tokens of the texts, an end after each, until there are as many as needed."""
+    ids: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for first in range(0, len(texts), BATCH):
+        if needed is not None and len(ids) >= needed:
+            break
         for tokens in tokenizer(texts[first : first + BATCH], add_special_tokens=False)["input_ids"]:
             ids += tokens + end
-        if len(ids) >= sequences * length:
-            return torch.tensor(ids[: sequences * length]).view(sequences, length)
-    raise UserError(
-        f"{sequences} sequences of {length} tokens need {sequences * length} tokens, but the text has {len(ids)}:"
-        f" lower sequences (at this length to {len(ids) // length}) or length, or give more text"
-    )
+    return ids
+
+
+def _joined(texts: list[str], tokenizer, needed: int | None, join: str) -> list[int]:
+    """Tokens of the texts as one, of as few as it takes: twice as many until there are enough."""
+    count = len(texts) if needed is None else JOINED
+    while True:
+        (ids,) = tokenizer([join.join(texts[:count])], add_special_tokens=False, verbose=False)["input_ids"]
+        if count >= len(texts) or len(ids) >= needed:
+            return ids
+        count *= 2
 
 
 def check_no_overlap(calibration_texts: Iterable[str], evaluation_texts: Iterable[str]) -> None:
@@ -153,7 +199,10 @@ def _dataset(source: str):
 
     name, config, split, field = _dataset_parts(source)
     try:
-        found = datasets.load_dataset(name, config, split=split)
+        if config and "." in config:  # files of the dataset: no more than these are fetched
+            found = datasets.load_dataset(name, data_files={split: config}, split=split)
+        else:
+            found = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of datasets, the hub's client, the network or a file format
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

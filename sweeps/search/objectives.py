@@ -5,6 +5,7 @@ import math
 from caldera.errors import UserError
 
 BITS = ("bits/stored", "bits/nominal", "bits/model")
+OF_TEXT = ("word_perplexity", "byte_perplexity", "kl", "agreement")
 
 
 def costs(record: dict, names: list[str]) -> tuple[float, ...]:
@@ -31,7 +32,7 @@ def _cost(record: dict, name: str) -> float:
 
 def check_objectives(names: list[str], tasks: list[str]) -> None:
     """Raises UserError for objectives that no record would have."""
-    known = (*BITS, "perplexity", *tasks)
+    known = (*BITS, *OF_TEXT, "perplexity", *tasks)
     for name in names:
         if name not in BITS and not name.startswith(known[len(BITS) :]):
             raise UserError(f"search.objectives={name} is not measured: choose among {', '.join(known)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 TOP_LEVEL = {
     "schema_version", "status", "name", "key", "keys", "checkpoint", "checksum", "sweep", "created", "config", "point",
-    "bits", "metrics", "matrices", "allocation",
+    "bits", "metrics", "noise_floor", "matrices", "allocation",
     "timings_s", "reused", "memory", "environment", "seeds", "error",
 }  # fmt: skip
 NO_TASKS = "evaluation.tasks=[]"

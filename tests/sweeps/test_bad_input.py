@@ -85,6 +85,9 @@ SETTINGS = [
     ("calibration.sequences=0", "calibration.sequences=0 must be at least 1"),
     ("evaluation.length=1", "evaluation.length=1 must be at least 2"),
     ("evaluation.limit=0", "evaluation.limit=0 must be at least 1"),
+    ("evaluation.kl_tokens=-1", "evaluation.kl_tokens=-1 must be at least 0"),
+    ("evaluation.stride=257", "evaluation.stride=257 must be at most 256, or tokens between windows are left out"),
+    ("evaluation.label=a/b", "evaluation.label='a/b' names files"),
     ("evaluation.batch_size=-1", "evaluation.batch_size=-1 must be at least 1"),
     ("tracker.name=mlflow", "tracker.name='mlflow' must be one of wandb, none"),
     ("tracker.mode=of", "tracker.mode='of' must be one of offline, online, disabled"),
@@ -160,7 +163,7 @@ def test_texts_that_are_too_short(refusal, tmp_path):
     (tmp_path / "short.txt").write_text("a few words only")
     expected = "4 sequences of 256 tokens need 1024 tokens, but the text has 5"
     assert f"calibration.sequences: {expected}" in refusal(f"calibration.text={tmp_path}/short.txt")
-    expected = "2 sequences of 256 tokens need 512 tokens, but the text has 5"
+    expected = "2 windows of 256 tokens need 512 tokens, but the text has 5"
     assert f"evaluation.rows: {expected}" in refusal(f"evaluation.text={tmp_path}/short.txt")
 
 

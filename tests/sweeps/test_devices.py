@@ -31,8 +31,9 @@ from sweeps.compress import CheckpointFolder, compress
 from sweeps.fitting import Fit, MatrixJob, fit_block, fit_matrix
 from sweeps.inputs import CorrectedPrefix
 from sweeps.parallel import Workers
-from sweeps.perplexity import _row_losses
+from sweeps.perplexity import _window_scores
 from sweeps.progress import Reporter
+from sweeps.reference import Kept, Reference
 from sweeps.settings import method_of
 from sweeps.shared import SharedBlock
 from tests.caldera.tiny_models import HEADS, SIZES, TOKENS, llama, token_rows
@@ -216,7 +217,9 @@ def test_packed_matrices_are_read_on_the_device(family, transformed, fake):
     assert [t.shape for t in made] == [(24, 16), (2, 5, 24), (3, 24)] and made[2].dtype == torch.bfloat16
 
 
-def test_losses_are_summed_on_the_device(fake):
-    with Watch() as watch, reads() as found:
-        losses = _row_losses(empty(2, 300, 50), empty(2, 300, dtype=torch.long))
-    assert len(losses) == 2 and not watch.waits and not watch.to_host and found == [(3,), (3,)]  # once a row
+def test_a_window_is_scored_on_the_device(fake):
+    known = Kept(empty(299, 24, dtype=torch.long), empty(299, 24), empty(299))
+    for reference, lines in ((None, 1), (Reference(24, known), 4)):
+        with Watch() as watch, reads() as found:
+            _window_scores(empty(300, 50), empty(300, dtype=torch.long), 1, reference)
+        assert not watch.waits and not watch.to_host and found == [(lines, 299)]  # once a window

@@ -193,6 +193,8 @@ KINDS = {  # what is damaged: what has to be forgotten for it to be needed again
     "cache/moments/*/manifest.json": [RECORDS, FITS],
     "cache/shared/*/00001/factors-*.o_proj.safetensors": [RECORDS, FITS],
     "cache/shared/*/00001/subspaces-*.o_proj.safetensors": [RECORDS, FITS],
+    "cache/references/*.safetensors": [RECORDS, SCORES],
+    "cache/references/*.safetensors.json": [RECORDS, SCORES],
     "cache/digests/*.json": [],
     "cache/inventories/*.json": [],
     "cache/finite/*.json": [RECORDS],

@@ -16,12 +16,13 @@ from caldera.checkpoint import block_file, load_dense, read_manifest, read_matri
 from sweeps import pipeline
 from sweeps.calibration import Calibration
 from sweeps.compress import notes_of
-from sweeps.perplexity import perplexity
+from sweeps.perplexity import Windows, text_scores
 from sweeps.progress import Reporter
 from sweeps.store import read_sealed, write_sealed
 from tests.sweeps.swept import NO_TASKS, TOP_LEVEL, Swept
 
-METRICS = {"perplexity/heldout_256", "arc_easy/acc", "arc_easy/acc_norm"}
+TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "kl", "kl_median", "kl_p90", "kl_p99", "agreement")
+METRICS = {f"{kind}/heldout_256" for kind in TEXT} | {"arc_easy/acc", "arc_easy/acc_norm"}
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +138,9 @@ def test_a_checkpoint_reloads_to_the_very_model_that_was_measured(swept, rank):
     for matrix in (m for i in range(2) for m in read_matrices(folder, block_file(i))):
         assert one[f"{matrix.spec.name}.weight"].equal(matrix.dequantize())
     assert set(read_manifest(folder)["matrices"]) == {m["name"] for m in record["matrices"]}
-    rows = pipeline._token_rows(folder, "embedded_heldout", 2, 256, None)
+    rows = pipeline._token_windows(folder, "embedded_heldout", 2, 256, 256, False, None)
     model = load_dense(folder, getattr(torch, metric["measured_on"]["dtype"]))
-    again = perplexity(model, rows, text="", tokenizer_digest="")
+    again = text_scores(model, Windows(rows, 256), "x")["perplexity/x"]
     assert again["samples"] == pytest.approx(metric["samples"], rel=1e-5)
 
 
@@ -275,6 +276,33 @@ def test_the_uncompressed_model_may_be_a_point_of_its_own(application, swept, tm
     assert (record["key"], record["metrics"]) == (before["key"], before["metrics"])
     assert record["matrices"] == [] and record["checkpoint"] is None
     assert "done before" in application("method=none")[1]
+
+
+def test_the_noise_floor_is_what_float32_changes(application, tmp_path):
+    lines = ("method=none", NO_TASKS, "evaluation.noise_floor=true")
+    assert application(*lines, "compute.dtype=bfloat16")[0] == 0
+    (record,) = Swept(tmp_path / "results").records
+    floor, metrics = record["noise_floor"], record["metrics"]
+    assert set(floor) == set(metrics) == {f"{kind}/heldout_256" for kind in TEXT}
+    assert metrics["kl/heldout_256"]["value"] < 1e-5 < floor["kl/heldout_256"] < floor["kl_p99/heldout_256"] < 0.1
+    assert 0.8 < floor["agreement/heldout_256"] < metrics["agreement/heldout_256"]["value"] == 1.0
+    assert application(*lines, "compute.dtype=float32")[0] == 0
+    (exact,) = (r for r in Swept(tmp_path / "results").records if r["name"] != record["name"])
+    values = [r["metrics"]["perplexity/heldout_256"]["value"] for r in (record, exact)]
+    assert exact["noise_floor"] is None  # it is its own
+    assert floor["perplexity/heldout_256"] == pytest.approx(values[0] - values[1], rel=1e-6) and values[0] != values[1]
+
+
+def test_what_is_kept_of_the_uncompressed_model_is_made_again(application, point, tmp_path):
+    """Its own scores are there, and what others are measured by is not: it is loaded again."""
+    lines, folder = ("rank.k=2", NO_TASKS, "evaluation.length=78", "method=rtn"), point().cache / "references"
+    others = set(folder.glob("*"))
+    assert application("method=none", *lines[:3])[0] == 0
+    (file,) = (path for path in folder.glob("*.safetensors") if path not in others)
+    file.unlink()
+    assert application(*lines)[0] == 0
+    found = Swept(tmp_path / "results").of(method="rtn")
+    assert "reference" in found["timings_s"] and found["metrics"]["kl/heldout_78"]["value"] > 0.01
 
 
 def test_a_failed_uncompressed_point_is_made_up_for(application, monkeypatch, tmp_path):

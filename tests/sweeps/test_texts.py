@@ -1,5 +1,6 @@
 """Texts: the embedded ones to the byte, users' own files, and what is refused."""
 
+import gzip
 import hashlib
 import itertools
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from caldera.errors import UserError
 from sweeps.models import load_tokenizer
-from sweeps.texts import EMBEDDED, check_no_overlap, load_texts, text_digest, token_rows
+from sweeps.texts import EMBEDDED, check_no_overlap, load_texts, text_digest, token_rows, token_windows
 
 
 class Characters:
@@ -17,7 +18,7 @@ class Characters:
 
     eos_token_id = 0
 
-    def __call__(self, texts, add_special_tokens):
+    def __call__(self, texts, add_special_tokens, verbose=True):
         assert not add_special_tokens
         return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
@@ -60,6 +61,33 @@ def test_the_seed_alone_decides_the_order():
 def test_too_short_a_text_says_how_many_tokens_there_are():
     with pytest.raises(UserError, match=r"need 12 tokens, but the text has 9: lower sequences \(at this length to 2\)"):
         token_rows(["ab", "c", "def"], Characters(), 3, 4, shuffle_seed=None)
+
+
+def test_windows_of_one_stream_may_overlap_and_begin_with_a_token():
+    texts, tokenizer = ["ab", "c", "def"], Characters()
+    tokenizer.bos_token_id = 7
+    assert token_windows(texts, tokenizer, 2, 3, 3).equal(token_rows(texts, tokenizer, 2, 3, None))
+    assert token_windows(texts, tokenizer, None, 4, 2).tolist() == [
+        [97, 98, 0, 99], [0, 99, 0, 100], [0, 100, 101, 102],
+    ]  # fmt: skip
+    assert token_windows(texts, tokenizer, 2, 4, 3, bos=True).tolist() == [[7, 97, 98, 0], [7, 99, 0, 100]]
+    with pytest.raises(
+        UserError, match=r"4 windows of 4 tokens need 10 tokens, but the text has 9: lower rows .* to 3"
+    ):
+        token_windows(texts, tokenizer, 4, 4, 2)
+    tokenizer.bos_token_id = None
+    with pytest.raises(UserError, match="no token for a beginning: set evaluation.bos=false"):
+        token_windows(texts, tokenizer, 1, 4, 3, bos=True)
+
+
+def test_joined_texts_are_tokenized_as_one(monkeypatch):
+    """As many as it takes: a prefix of all of them."""
+    texts = ["ab", "", "c", "def"]
+    assert token_windows(texts, Characters(), None, 5, 5, join="-").tolist() == [[97, 98, 45, 45, 99]]
+    monkeypatch.setattr("sweeps.texts.JOINED", 1)
+    assert token_windows(texts, Characters(), 1, 5, 5, join="-").tolist() == [[97, 98, 45, 45, 99]]
+    with pytest.raises(UserError, match="2 windows of 5 tokens need 10 tokens, but the text has 9"):
+        token_windows(texts, Characters(), 2, 5, 5, join="-")
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(0, 8), (1, 1)])
@@ -153,6 +181,15 @@ def test_a_dataset_is_named_by_its_parts(dataset):
     assert load_texts(f"dataset:{dataset}:default:train:title") == ["a", "b"]
     digests = {text_digest(f"dataset:{dataset}{rest}") for rest in ("", "::test", ":::title")}
     assert len(digests) == 3 and text_digest(f"dataset:{dataset}") == text_digest(f"dataset:{dataset}::train")
+
+
+def test_a_file_of_a_dataset_may_stand_for_its_configuration(dataset):
+    """As for C4, of which nobody wants all files for one of them."""
+    (dataset / "more").mkdir()
+    with gzip.open(dataset / "more" / "part-0.json.gz", "wt") as stream:
+        stream.write('{"text": "four"}\n{"text": ""}\n')
+    source = f"dataset:{dataset}:more/part-0.json.gz:validation"
+    assert load_texts(source) == ["four"] and load_texts(source, blank=True) == ["four", ""]
 
 
 @pytest.mark.parametrize(
