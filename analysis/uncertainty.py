@@ -7,7 +7,7 @@ drawn anew, the same ones for every point. Where samples are missing or differ, 
 import numpy as np
 import pandas as pd
 
-from analysis.frontier import is_compressed
+from analysis.pareto import is_compressed
 
 DRAWS = 1000
 

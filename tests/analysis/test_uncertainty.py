@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.frontier import pareto
+from analysis.pareto import pareto
 from analysis.records import tidy
 from analysis.uncertainty import band, draws, optimal_share
 
