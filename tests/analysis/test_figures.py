@@ -10,38 +10,14 @@ from analysis.figures import Sweep, draw, figures, main
 from analysis.records import RecordError, matrices, tidy, traces
 
 PERPLEXITY, ACCURACY = "perplexity/boolq_1024", "arc_easy/acc"
-PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")
 
 
 def artists(axes) -> dict:
     return {artist.get_gid(): artist for artist in (*axes.lines, *axes.images, *axes.collections) if artist.get_gid()}
 
 
-def fitted(record: dict, errors) -> dict:
-    """The record with two blocks of two matrices of these relative errors, after three updates."""
-    names = [f"model.layers.{block}.{projection}" for block in (0, 1) for projection in PROJECTIONS]
-    rank, q = record["point"]["rank"], record["point"]["q"]
-    fields = {
-        "shape": [576, 576],
-        "rank": rank,
-        "q": q,
-        "l": "none",
-        "r": "none",
-        "nominal_bits": 2.0,
-        "stored_bits": 2.1,
-    }
-    for name, error in zip(names, errors, strict=True):
-        trace = [
-            {"iteration": i, "step": step, "error": error * k}
-            for i, step, k in ((0, "LR", 4), (0, "Q", 2), (1, "LR", 1))
-        ]
-        made = {"relative_error": error, "predicted_error": 1.1 * error, "output_error": 1.5 * error, "trace": trace}
-        record["matrices"].append({"name": name} | fields | made)
-    return record
-
-
 @pytest.fixture
-def sweep(records) -> Sweep:
+def sweep(records, fitted) -> Sweep:
     """The records, the compressed ones with matrices."""
     for i, record in enumerate(records[:-2]):
         fitted(record, np.array([0.1, 0.2, 0.05, 0.4]) / (1 + i))
@@ -75,7 +51,7 @@ def test_a_heat_map_has_a_cell_for_each_matrix(sweep, value):
     assert len(norms) == 1
 
 
-def test_experts_of_one_place_are_averaged_and_gaps_stay_empty(make):
+def test_experts_of_one_place_are_averaged_and_gaps_stay_empty(make, fitted):
     record = fitted(make.compressed(0, None, 2, 2.0, 69.0, 0.39), [0.1, 0.2, 0.3, 0.4])
     for entry, name in zip(
         record["matrices"], ("layers.0.experts.0.w1", "layers.0.experts.1.w1", "layers.2.experts.0.w1", "head")
