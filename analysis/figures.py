@@ -23,17 +23,25 @@ KINDS = ("pdf", "png")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What figures are drawn from: `table` is a `frontier_table`, `matrices` and `traces` are long."""
+    """What figures are drawn from: `table` is a `frontier_table`, `matrices`, `traces` and `spectra` are long."""
 
     records: list[dict]
     table: pd.DataFrame
     matrices: pd.DataFrame
     traces: pd.DataFrame
+    spectra: pd.DataFrame
 
     @classmethod
-    def of(cls, records: list[dict], metric: str | None = None, x: str = "stored") -> "Sweep":
-        """Raises RecordError for a metric or an `x` that does not exist."""
-        return cls(records, frontier_table(records, metric, x), reading.matrices(records), reading.traces(records))
+    def of(cls, records: list[dict], metric: str | None = None, folder: str | Path | None = None) -> "Sweep":
+        """With the singular values in a results folder, if one is given. RecordError: no such metric."""
+        spectra = reading.load_spectra(folder)
+        table, matrices = frontier_table(records, metric), reading.matrices(records)
+        return cls(records, table, matrices, reading.traces(records), spectra)
+
+    @classmethod
+    def read(cls, source: str, metric: str | None = None) -> "Sweep":
+        """Of a results folder or a W&B project. Raises RecordError."""
+        return cls.of(load(source), metric, None if source.startswith(PREFIX) else source)
 
     @property
     def metric(self) -> str:
@@ -67,6 +75,7 @@ def figures() -> dict[str, Callable[[Sweep, str], "Figure"]]:
         "output-errors": lambda s, theme: layers.heat_figure(s.shown(), s.matrices, "output_error", theme),
         "convergence": lambda s, theme: layers.convergence_figure(s.shown(), s.traces, theme),
         "prediction": lambda s, theme: layers.prediction_figure(s.table, s.matrices, theme),
+        "spectra": lambda s, theme: layers.spectra_figure(s.table, s.spectra, theme),
         "allocation": lambda s, theme: layers.allocation_figure(s.table, s.matrices, theme),
     }
 
@@ -102,9 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     here = Path("figures") if options.results_dir.startswith(PREFIX) else Path(options.results_dir) / "figures"
     try:
-        written, missing = draw(
-            Sweep.of(load(options.results_dir), options.metric), options.output or here, options.theme
-        )
+        written, missing = draw(Sweep.read(options.results_dir, options.metric), options.output or here, options.theme)
     except (RecordError, OSError) as error:
         print(f"caldera-figures: {error}", file=sys.stderr)
         return 1

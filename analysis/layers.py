@@ -173,3 +173,56 @@ def prediction_figure(table: pd.DataFrame, matrices: pd.DataFrame, theme: str = 
             axis.set_minor_formatter(NullFormatter())
         axes.legend(markerscale=2)
     return figure
+
+
+def spectra_figure(table: pd.DataFrame, spectra: pd.DataFrame, theme: str = "print") -> Figure:
+    """Singular values of W C, of W^ C, and of what is missing, a panel a projection of one block.
+
+    Of the first point in `table` that has spectra, its first block; a dotted line is the rank of L R. Artists carry
+    gids `before:<matrix>`, `after:<matrix>`, `missing:<matrix>`. RecordError without spectra.
+    """
+    rows = table[table["name"].isin(spectra["point"])]
+    if rows.empty:
+        raise RecordError("no point has singular values: compute them with caldera-spectra.")
+    row = rows.iloc[0]
+    own = spectra[spectra["point"] == row["name"]]
+    own = own[own["block"] == own["block"].min()]
+    look, names = style.THEMES[theme], list(dict.fromkeys(own["matrix"]))
+    columns = min(4, len(names))
+    height = -(-len(names) // columns)
+    lines = {
+        "before": (look.ink, "W C"),
+        "after": ("#D55E00", "(Q + L R) C"),
+        "missing": ("#0072B2", "(W - Q - L R) C"),
+    }
+    with matplotlib.rc_context(look.settings()):
+        figure = Figure(figsize=(6.5, 0.7 + 1.6 * height), layout="constrained")
+        panels = figure.subplots(height, columns, squeeze=False).ravel()
+        for axes, name in zip(panels, names):
+            one = own[own["matrix"] == name]
+            for kind, (colour, words) in lines.items():
+                values = one[kind].astype(float).where(lambda v: v > 1e-6 * v.max())
+                dash = (0, (4, 2)) if kind == "after" else "-"
+                axes.plot(
+                    one["index"].astype(int),
+                    values,
+                    color=colour,
+                    linewidth=1,
+                    linestyle=dash,
+                    label=words,
+                    gid=f"{kind}:{name}",
+                )
+            if pd.notna(row["rank"]) and row["rank"] > 0:
+                axes.axvline(int(row["rank"]), color=look.muted, linestyle=":", linewidth=0.8)
+            axes.set(xscale="log", yscale="log")
+            axes.set_title(one["projection"].iloc[0], loc="left", fontsize=8)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.tick_params(labelsize=6.5)
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        figure.supxlabel("Index", fontsize=8.5)
+        figure.supylabel("Singular value", fontsize=8.5)
+        figure.suptitle(f"{point_label(row)}, block {own['block'].iloc[0]}", x=0.01, ha="left", fontsize=8.5)
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower right", ncols=3)
+    return figure

@@ -149,3 +149,25 @@ def traces(records: list[dict]) -> pd.DataFrame:
     ]
     columns = ["point", "matrix", "block", "projection", "update", "step", "error"]
     return pd.DataFrame(rows, columns=columns).astype({"block": "Int64", "update": "Int64", "error": float})
+
+
+def load_spectra(results_dir: str | Path | None) -> pd.DataFrame:
+    """One row a (point, matrix, index) of every `spectra.json` that `caldera-spectra` left: singular values.
+
+    `before` of W C, `after` of W^ C, `missing` of (W - W^) C, each descending. Empty without a folder or
+    files; a damaged file is refused.
+    """
+    rows = []
+    for path in sorted(Path(results_dir).glob("points/*/spectra.json")) if results_dir else ():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["matrices"]
+        except (ValueError, KeyError) as error:
+            raise RecordError(f"{path} is damaged ({error}): run caldera-spectra again.") from error
+        for name, values in found.items():
+            place = _place(path.parent.name, name)
+            columns = zip(values["before"], values["after"], values["missing"], strict=True)
+            rows += [
+                place | {"index": i, "before": b, "after": a, "missing": m} for i, (b, a, m) in enumerate(columns, 1)
+            ]
+    columns = ["point", "matrix", "block", "projection", "index", "before", "after", "missing"]
+    return pd.DataFrame(rows, columns=columns).astype({"block": "Int64", "index": "Int64"})

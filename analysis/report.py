@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import configs, style
-from analysis.figures import Sweep, figures, load
+from analysis.figures import Sweep, figures
 from analysis.frontier import SIZES, frontier_table, score
 from analysis.layers import NAMES, grid
 from analysis.pareto import is_compressed
@@ -24,6 +24,7 @@ STILL = {
     "spending": "What a split of bits between Q and L R buys, and what the next bit buys",
     "convergence": "How the fits converged: relative errors after each update",
     "prediction": "Measured against predicted relative errors of all matrices",
+    "spectra": "Singular values of what the matrices do to their inputs, before and after",
     "allocation": "Where budgets put ranks and bits",
     "costs": "Time and memory of compression",
 }
@@ -294,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     here = Path() if options.results_dir.startswith(PREFIX) else Path(options.results_dir)
     path = options.output or here / "report.html"
     try:
-        write_report(Sweep.of(load(options.results_dir), options.metric), path)
+        write_report(Sweep.read(options.results_dir, options.metric), path)
     except (RecordError, OSError) as error:
         print(f"caldera-report: {error}", file=sys.stderr)
         return 1
