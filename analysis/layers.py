@@ -215,14 +215,18 @@ def spectra_figure(table: pd.DataFrame, spectra: pd.DataFrame, theme: str = "pri
             if pd.notna(row["rank"]) and row["rank"] > 0:
                 axes.axvline(int(row["rank"]), color=look.muted, linestyle=":", linewidth=0.8)
             axes.set(xscale="log", yscale="log")
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-3 * one["before"].max()))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(one["projection"].iloc[0], loc="left", fontsize=8)
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.tick_params(labelsize=6.5)
         for axes in panels[len(names) :]:
             axes.set_axis_off()
         figure.supxlabel("Index", fontsize=8.5)
         figure.supylabel("Singular value", fontsize=8.5)
-        figure.suptitle(f"{point_label(row)}, block {own['block'].iloc[0]}", x=0.01, ha="left", fontsize=8.5)
+        figure.suptitle(f"{point_label(row)}, block {own['block'].iloc[0]}", x=0.01, y=0.985, ha="left", fontsize=8.5)
         handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower right", ncols=3)
+        figure.legend(*handles, loc="outside upper right", ncols=3)
     return figure
