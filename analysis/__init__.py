@@ -1,6 +1,7 @@
 """Reads the records of finished sweeps and turns them into tables and figures for papers.
 
-`records` loads one `record.json` a point and makes tables of them, `frontier` finds the Pareto-optimal points and is
-the `caldera-frontier` command, `plots` draws, `style` holds what all figures share. Nothing here imports torch or
-Hydra, so a results folder copied to a laptop is enough to redraw every figure.
+`records` loads one `record.json` a point and makes tables of them, `wandb_runs` the same of W&B's runs; `pareto` finds
+the optimal points, `uncertainty` says how sure that is; `plots`, `tradeoffs` and `layers` draw, `style` holds what all
+figures share; `frontier`, `figures` and `report` are the commands `caldera-frontier`, `-figures` and `-report`. Nothing
+here imports torch or Hydra, so a results folder copied to a laptop is enough to redraw every figure.
 """

@@ -5,14 +5,15 @@ import sys
 from pathlib import Path
 from textwrap import shorten
 
-import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from analysis.pareto import is_compressed, pareto
 from analysis.records import RecordError, load_records, tidy
+from analysis.uncertainty import band, draws, optimal_share
 
 SIZES = {"stored": "bits_stored", "nominal": "bits_nominal", "model": "bits_model", "megabytes": "megabytes"}
 # Axes that always have a column on the terminal, and those that these already say; others have one if they vary.
@@ -21,41 +22,24 @@ DETAILS = ("byte_perplexity/", "word_perplexity/", "kl_")  # metrics without a c
 PIPE_WIDTH = 1000  # columns when the output is no terminal: nothing is wrapped, the table is as wide as it needs
 
 
-def is_compressed(table: pd.DataFrame) -> pd.Series:
-    """Which rows of a `tidy` table are finished points of a compressed model, boolean."""
-    return (table["status"] == "done") & (table["method"] != "none")
-
-
-def pareto(table: pd.DataFrame, x: str, y: str, higher_is_better: bool = False) -> pd.Series:
-    """Which rows no other beats by being as small in `x`, as good in `y` and better in one of them; boolean.
-
-    Equal points do not beat each other. Rows that failed, are uncompressed, or lack a finite `x` or `y` are False and
-    beat nobody.
-    """
-    cost = -table[y] if higher_is_better else table[y]
-    eligible = is_compressed(table) & np.isfinite(table[x]) & np.isfinite(cost)
-    size, cost = table.loc[eligible, x], cost[eligible]
-    best = cost.groupby(size).min()  # the best at each size, sizes rising
-    best_of_smaller = best.cummin().shift(fill_value=np.inf)
-    optimal = eligible.copy()
-    optimal[eligible] = (cost == size.map(best)) & (cost < size.map(best_of_smaller))
-    return optimal
-
-
 def frontier_table(records: list[dict], metric: str | None = None, x: str = "stored") -> pd.DataFrame:
     """The `tidy` table with a boolean column `pareto`: points by stored bits, then the uncompressed model, failures.
 
-    `metric` is by default the first perplexity, or else the first metric; `x` is a key of SIZES. The names of the
-    columns used are in `table.attrs["metric"]` and `["x"]`. Raises RecordError for a metric or an `x` that does not
-    exist.
+    `pareto_share` says in which share of redrawn measurements a point is optimal, `table.attrs["band"]` where 90% of
+    their frontiers lie, as lists `size`, `low` and `high` (see `analysis.uncertainty`). `metric` is by default the
+    first perplexity, or else the first metric; `x` is a key of SIZES. The names of the columns used are in
+    `table.attrs["metric"]` and `["x"]`. Raises RecordError for a metric or an `x` that does not exist.
     """
     table = tidy(records)
     if x not in SIZES:
         raise RecordError(f"no size is called {x!r}: choose one of {', '.join(SIZES)}.")
     metric = _choose_metric(table, metric)
     higher_is_better = table.attrs["metrics"][metric]["higher_is_better"]
+    drawn = draws(records, metric)
     table["pareto"] = pareto(table, SIZES[x], metric, higher_is_better)
-    table.attrs |= {"metric": metric, "x": SIZES[x]}
+    table["pareto_share"] = optimal_share(table, drawn, SIZES[x], higher_is_better)
+    limits = band(table, drawn, SIZES[x], higher_is_better).to_dict("list")
+    table.attrs |= {"metric": metric, "x": SIZES[x], "band": limits}
     group = (table["status"] != "done") * 2 + (table["method"] == "none")
     order = table.assign(group=group).sort_values(["group", "bits_stored", "name"]).index
     return table.loc[order].reset_index(drop=True)

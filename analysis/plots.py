@@ -5,14 +5,17 @@ from itertools import cycle
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from analysis import style
-from analysis.frontier import is_compressed, pareto, score
+from analysis.frontier import score
+from analysis.pareto import is_compressed, pareto
 from analysis.records import RecordError
 
 SIZE = (6.5, 3.9)  # inches: the text width of a one-column article; a long legend makes it higher
@@ -26,9 +29,10 @@ def frontier_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", th
     """The frontier of a `tidy` table: `metric` against the size column `x`, in the colours of `style.THEMES[theme]`.
 
     Colour is the rank, shape Q's quantizer, fill the bits of L and R, from hollow to solid. Pareto-optimal points are
-    joined and labelled, dominated ones pale; the uncompressed model is a dashed line. Rows that lack one of the two
+    joined and labelled, dominated ones pale; the uncompressed model is a dashed line. The band of a `frontier_table` is
+    shaded. Rows that lack one of the two
     values are left out; RecordError if none is left. Artists carry gids: `point:<name>` a mark, `stderr:<name>` its
-    error, `baseline:<name>` a dashed line, `frontier` the steps.
+    error, `baseline:<name>` a dashed line, `frontier` the steps, `band` their band.
     """
     info = table.attrs.get("metrics", {}).get(metric, {})
     rows = table[is_compressed(table) & np.isfinite(table[x]) & np.isfinite(table[metric])].reset_index(drop=True)
@@ -41,11 +45,12 @@ def frontier_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", th
         axes = figure.add_subplot(xlabel=style.AXES[x], ylabel=style.metric_label(metric, info))
         steps = {"drawstyle": "steps-post", "color": theme.muted, "linewidth": 1, "zorder": 2}
         axes.plot(front[x], front[metric], **steps, gid="frontier")
-        marks = Marks(rows, theme)
+        shaded = _shade(axes, table, x, metric, theme)
+        marks = Marks(rows, theme, shaded)
         for index, row in rows.iterrows():
             marks.draw(axes, row, x, metric, optimal=index in front.index)
         lines = [_baseline(axes, row, metric, theme) for _, row in _uncompressed(table, metric).iterrows()]
-        _scale(axes, metric)
+        scale(axes, metric)
         _arrange(figure, axes, marks.legend())
         labels = style.Labels(axes, theme)
         for line in lines:
@@ -53,6 +58,16 @@ def frontier_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", th
         for _, row in front.iterrows():
             labels.beside((row[x], row[metric]), marks.label(row))
     return figure
+
+
+def _shade(axes: Axes, table: pd.DataFrame, x: str, metric: str, theme: style.Theme) -> bool:
+    """Shades the band if the table has one for these axes; whether it has."""
+    band = table.attrs.get("band")
+    if not band or (table.attrs["x"], table.attrs["metric"]) != (x, metric) or len(band["size"]) < 2:
+        return False
+    look = {"color": theme.grid, "linewidth": 0, "zorder": 0.5}
+    axes.fill_between(band["size"], band["low"], band["high"], step="post", gid="band", **look)
+    return True
 
 
 def _uncompressed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -67,7 +82,7 @@ def _baseline(axes: Axes, row: pd.Series, metric: str, theme: style.Theme) -> Li
     return axes.axhline(row[metric], label=text, gid=f"baseline:{row['name']}", **look)
 
 
-def _scale(axes: Axes, metric: str) -> None:
+def scale(axes: Axes, metric: str) -> None:
     """Perplexities on a logarithmic axis with plain numbers at its ticks, and room for labels at every side."""
     axes.margins(x=0.08, y=0.1)
     if not metric.startswith("perplexity/"):
@@ -81,7 +96,7 @@ def _scale(axes: Axes, metric: str) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _arrange(figure: Figure, axes: Axes, groups: dict[str, list[Line2D]]) -> None:
+def _arrange(figure: Figure, axes: Axes, groups: dict[str, list[Artist]]) -> None:
     """Sets the legend of each group below the other, right of the axes, and freezes the layout."""
     legends = [
         Legend(figure, handles, [handle.get_label() for handle in handles], title=title, **LEGEND)
@@ -109,8 +124,8 @@ class Marks:
     The keys of the three are sortable and end in the words of the legend.
     """
 
-    def __init__(self, rows: pd.DataFrame, theme: style.Theme):
-        self.theme = theme
+    def __init__(self, rows: pd.DataFrame, theme: style.Theme, shaded: bool = False):
+        self.theme, self.shaded = theme, shaded
         reads = (_rank, _quantizer, _factors)
         ranks, shapes, fills = (sorted({read(row) for _, row in rows.iterrows()}) for read in reads)
         coloured = [rank for rank in ranks if rank != _key(0)]
@@ -135,7 +150,7 @@ class Marks:
         (kind, _, rank), factors = _rank(row), _factors(row)
         return (rank if kind == 1 else f"rank {rank}") + (f", {factors[-1]}-bit L, R" if factors else "")
 
-    def legend(self) -> dict[str, list[Line2D]]:
+    def legend(self) -> dict[str, list[Artist]]:
         """The handles below each heading; headings without entries are left out."""
         muted, whisker = self.theme.muted, WHISKER | {"marker": "|", "markersize": 7, "linestyle": "none"}
         groups = {
@@ -148,6 +163,8 @@ class Marks:
                 Line2D([], [], **whisker, color=muted, label="± standard error"),
             ],
         }
+        if self.shaded:
+            groups["Frontier"].append(Patch(color=self.theme.grid, label="90% of redrawn frontiers"))
         return {heading: entries for heading, entries in groups.items() if entries}
 
     def _entry(self, label: str, colour: str, shape: str = "o", fill: float = 1) -> Line2D:

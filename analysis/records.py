@@ -44,10 +44,11 @@ def checked(record: object, path: Path) -> dict:
 
 
 def tidy(records: list[dict]) -> pd.DataFrame:
-    """One row a point: name, status, the sweep's axes, bits, megabytes, metrics with `:stderr`, seconds, error.
+    """One row a point: name, status, the sweep's axes, bits, megabytes, metrics with `:stderr`, costs, error.
 
-    Bits are per parameter, `megabytes` is the whole stored model / 1e6, `compress_s` seconds. What a record does not
-    give is NaN (NA in integer axes). `table.attrs["axes"]` lists the axes, and `table.attrs["metrics"]` maps a metric
+    Bits are per parameter, `megabytes` is the whole stored model / 1e6, `compress_s` seconds, `memory_gb` the most that
+    one process held / 1e9, `reused_blocks` the share of blocks that were compressed before. What a record does not give
+    is NaN (NA in integer axes). `table.attrs["axes"]` lists the axes, and `table.attrs["metrics"]` maps a metric
     to `higher_is_better`, to `measured_on` as far as all points agree, and to `differs`, the keys where they do not.
     """
     metrics = sorted({metric for record in records for metric in record["metrics"] or {}})
@@ -75,7 +76,17 @@ def _numbers(record: dict, metrics: list[str]) -> dict:
     for metric in metrics:
         measured = (record["metrics"] or {}).get(metric) or {}
         row |= {metric: measured.get("value"), f"{metric}:stderr": measured.get("stderr")}
-    return row | {"compress_s": (record.get("timings_s") or {}).get("compress")}
+    return row | _costs(record)
+
+
+def _costs(record: dict) -> dict:
+    memory = record.get("memory") or {}
+    peaks = [memory.get(key) for key in ("peak_rss_bytes", "workers_peak_rss_bytes")]
+    return {
+        "compress_s": (record.get("timings_s") or {}).get("compress"),
+        "memory_gb": max((peak / 1e9 for peak in peaks if peak is not None), default=None),
+        "reused_blocks": (record.get("reused") or {}).get("blocks"),
+    }
 
 
 def _description(records: list[dict], metric: str) -> dict:
@@ -113,9 +124,50 @@ def matrices(records: list[dict]) -> pd.DataFrame:
 
 
 def _matrix(point: str, matrix: dict) -> dict:
-    parts = matrix["name"].split(".")
-    projection = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])  # experts are numbered
-    row = {"point": point, "matrix": matrix["name"], "projection": projection}
-    row["block"] = next((int(part) for part in parts if part.isdigit()), None)
+    row = _place(point, matrix["name"])
     row["rows"], row["columns"] = matrix["shape"]
     return row | {field: matrix.get(field) for field in (*MATRIX_FIELDS, *ERRORS)}
+
+
+def _place(point: str, name: str) -> dict:
+    parts = name.split(".")
+    projection = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])  # experts are numbered
+    block = next((int(part) for part in parts if part.isdigit()), None)
+    return {"point": point, "matrix": name, "projection": projection, "block": block}
+
+
+def traces(records: list[dict]) -> pd.DataFrame:
+    """One row a (point, matrix, update): how the relative error of a fit fell.
+
+    `update` counts from 1 what was fitted, in turn the backbone (`step` Q) and the factors (LR).
+    """
+    rows = [
+        _place(record["name"], matrix["name"]) | {"update": update, "step": step["step"], "error": step["error"]}
+        for record in records
+        for matrix in record.get("matrices") or []
+        for update, step in enumerate(matrix.get("trace") or [], 1)
+    ]
+    columns = ["point", "matrix", "block", "projection", "update", "step", "error"]
+    return pd.DataFrame(rows, columns=columns).astype({"block": "Int64", "update": "Int64", "error": float})
+
+
+def load_spectra(results_dir: str | Path | None) -> pd.DataFrame:
+    """One row a (point, matrix, index) of every `spectra.json` that `caldera-spectra` left: singular values.
+
+    `before` of W C, `after` of W^ C, `missing` of (W - W^) C, each descending. Empty without a folder or
+    files; a damaged file is refused.
+    """
+    rows = []
+    for path in sorted(Path(results_dir).glob("points/*/spectra.json")) if results_dir else ():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["matrices"]
+        except (ValueError, KeyError) as error:
+            raise RecordError(f"{path} is damaged ({error}): run caldera-spectra again.") from error
+        for name, values in found.items():
+            place = _place(path.parent.name, name)
+            columns = zip(values["before"], values["after"], values["missing"], strict=True)
+            rows += [
+                place | {"index": i, "before": b, "after": a, "missing": m} for i, (b, a, m) in enumerate(columns, 1)
+            ]
+    columns = ["point", "matrix", "block", "projection", "index", "before", "after", "missing"]
+    return pd.DataFrame(rows, columns=columns).astype({"block": "Int64", "index": "Int64"})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cbook import pts_to_poststep
 from matplotlib.colors import to_hex, to_rgb
@@ -55,7 +56,8 @@ TASKS = {
     "rte": "RTE",
     "winogrande": "WinoGrande",
 }
-FAMILIES = {"e8p": "E8P", "nf": "NormalFloat", "uniform": "Uniform"}
+FAMILIES = {"e8p": "E8P", "nf": "NormalFloat", "trellis": "Trellis", "uniform": "Uniform"}
+FAMILIES |= {"uniform_asym": "Asymmetric uniform"}
 
 # Where a label may stand, best first: points from its mark (a falling frontier is free at its top right), the same
 # further off, and for a line its share of the width and points above it.
@@ -110,6 +112,7 @@ SHARED = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "text.hinting": "none",  # a text is as wide at any resolution, so that labels placed once fit in every file
+    "pdf.fonttype": 42,  # letters stay letters: journals refuse the default
     "svg.fonttype": "path",
     "svg.hashsalt": "caldera",
 }
@@ -149,6 +152,18 @@ def quantizer_label(name: str | None, bits: float | None) -> str:
     if bits is None or suffix != f"{bits:g}bit":
         return name
     return f"{FAMILIES.get(family, family)}, {bits:g} bits"
+
+
+def point_label(row: pd.Series) -> str:
+    """What a point is in a legend or a title: `E8P, 2 bits + rank 32 of 4 bits`, or what its budget asked for."""
+    if pd.notna(row.get("budget")) and pd.isna(row.get("rank")):
+        return f"{row['budget']}, {row['budget_bits']:g} bits" if pd.notna(row.get("budget_bits")) else row["budget"]
+    bits = None if pd.isna(row.get("q_bits")) else row["q_bits"]
+    backbone = quantizer_label(None if pd.isna(row.get("q")) else row["q"], bits)
+    if pd.isna(row.get("rank")) or row["rank"] == 0:
+        return backbone
+    sides = dict.fromkeys(f"{row[side]:g}" for side in ("l_bits", "r_bits") if pd.notna(row.get(side)))
+    return f"{backbone} + rank {row['rank']:g}" + (f" of {'/'.join(sides)} bits" if sides else "")
 
 
 class Labels:
@@ -245,8 +260,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes `figure` as PNG (300 dpi) or SVG, by the ending of `path`; the same figure gives the same SVG bytes."""
+    """Writes `figure` as PNG (300 dpi), SVG or PDF, by the ending of `path`; the same figure gives the same bytes."""
     kind = path.suffix.removeprefix(".")
-    metadata = {"Date": None} if kind == "svg" else None
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with matplotlib.rc_context(SHARED), replacing(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=300, metadata=metadata)

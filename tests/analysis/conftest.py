@@ -20,6 +20,7 @@ GRID = [
     (32, 4, 3, 3.368, 27.60, 0.478),
     (0, None, 4, 4.000, 23.11, 0.497),
 ]
+PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")
 PARAMETERS, MODEL_PARAMETERS = 106_168_320, 134_515_008
 
 
@@ -72,6 +73,35 @@ def failed() -> dict:
     }
     error["matrix"] = "self_attn.q_proj"
     return record("q2_rank8_lr4", point, None, {}, status="failed", error=error, timings_s={})
+
+
+def with_matrices(record: dict, errors) -> dict:
+    """The record with two blocks of two matrices of these relative errors, after three updates."""
+    names = [f"model.layers.{block}.{projection}" for block in (0, 1) for projection in PROJECTIONS]
+    rank, q = record["point"]["rank"], record["point"]["q"]
+    fields = {
+        "shape": [576, 576],
+        "rank": rank,
+        "q": q,
+        "l": "none",
+        "r": "none",
+        "nominal_bits": 2.0,
+        "stored_bits": 2.1,
+    }
+    for name, error in zip(names, errors, strict=True):
+        trace = [
+            {"iteration": i, "step": step, "error": error * k}
+            for i, step, k in ((0, "LR", 4), (0, "Q", 2), (1, "LR", 1))
+        ]
+        made = {"relative_error": error, "predicted_error": 1.1 * error, "output_error": 1.5 * error, "trace": trace}
+        record["matrices"].append({"name": name} | fields | made)
+    return record
+
+
+@pytest.fixture
+def fitted():
+    """fitted(record, errors): see `with_matrices`."""
+    return with_matrices
 
 
 @pytest.fixture

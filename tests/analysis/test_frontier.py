@@ -14,7 +14,8 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from analysis import style
-from analysis.frontier import SIZES, frontier_table, main, pareto, report
+from analysis.frontier import SIZES, frontier_table, main, report
+from analysis.pareto import pareto
 from analysis.plots import frontier_figure
 from analysis.records import RecordError, tidy
 
@@ -107,6 +108,14 @@ def test_the_figure_draws_exactly_its_data(records, metric, x):
     front = table[table["pareto"]].sort_values(x)
     np.testing.assert_array_equal(lines["frontier"].get_xydata(), front[[x, metric]])
     assert set(lines["baseline:uncompressed"].get_ydata()) == set(table.loc[table["method"] == "none", metric])
+
+
+def test_the_band_is_shaded_on_the_axes_that_it_was_drawn_for(records):
+    table = frontier_table(records)
+    [shade] = [some for some in frontier_figure(table, PERPLEXITY).axes[0].collections if some.get_gid() == "band"]
+    corners = shade.get_paths()[0].vertices
+    assert set(table.attrs["band"]["low"]) | set(table.attrs["band"]["high"]) <= set(corners[:, 1])
+    assert not frontier_figure(table, ACCURACY).axes[0].collections
 
 
 def test_marks_tell_rank_quantizer_bits_and_dominance(records):
