@@ -22,6 +22,7 @@ def sync(results: Path, mode: str, sweep: str | None = None, project: str | None
     records = [r for r in load_records(results) if sweep in (None, r.get("sweep"))]
     if not records:
         raise UserError(f"--sweep={sweep} has no record in {results}: leave it out, or give one that has")
+    records.sort(key=lambda record: bool(record["matrices"]))  # the last, which `wandb leet` opens, has curves
     for index, record in enumerate(counted(records, "copied", disable=not sys.stdout.isatty())):
         before = offline_runs(results, record)
         try:
