@@ -19,10 +19,26 @@ def is_search(config: DictConfig) -> bool:
 
 def parsed(config: DictConfig) -> list[Override]:
     """The sweeper's own lines, then those of the command line, which win."""
-    params = config.hydra.sweeper.get("params") or {}
-    lines = [f"{key}={value}" for key, value in OmegaConf.to_container(params).items()] if params else []
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    return parser.parse_overrides(lines + list(config.hydra.overrides.task))
+    own = _lines(config.hydra.sweeper.get("params"))
+    return _parser().parse_overrides(own + list(config.hydra.overrides.task))
+
+
+def jobs_of(grids: DictConfig | None, overrides: list[Override]) -> list[list[str]]:
+    """The overrides of every job: of each grid in turn, or where there are none of the only one."""
+    return [
+        job
+        for grid in (grids or {"": None}).values()
+        for batch in BasicSweeper.split_arguments(_parser().parse_overrides(_lines(grid)) + overrides, None)
+        for job in batch
+    ]
+
+
+def _parser() -> OverridesParser:
+    return OverridesParser.create(GlobalHydra.instance().config_loader())
+
+
+def _lines(params: DictConfig | None) -> list[str]:
+    return [f"{key}={value}" for key, value in (params or {}).items()]
 
 
 def composed(config: DictConfig, job: list[str]) -> DictConfig:
@@ -39,4 +55,4 @@ def _jobs(config: DictConfig) -> list[list[str]]:
         from sweeps.search.space import Space
 
         return Space.of(overrides).probes()
-    return [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+    return jobs_of(config.hydra.sweeper.get("grids"), overrides)

@@ -138,12 +138,16 @@ class EvaluationConfig:
 
 @dataclass
 class TrackerConfig:
-    """Where a copy of each record goes: `wandb` or `none`. `mode` is W&B's: offline, online or disabled."""
+    """Where a copy of each record goes: `wandb` or `none`. `mode` is W&B's: offline, online or disabled.
+
+    `artifact`: the packed checkpoint goes there too.
+    """
 
     name: str = MISSING
     mode: str = "offline"
     project: str = "caldera-sweeps"
     entity: str | None = None
+    artifact: bool = False
 
 
 @dataclass

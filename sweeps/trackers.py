@@ -8,34 +8,28 @@ from caldera.errors import UserError
 
 logger = logging.getLogger("caldera.sweeps")
 
-
-def flat_summary(record: dict) -> dict:
-    """The numbers of a record by name: metrics and their standard errors, bits, seconds, memory."""
-    metrics = {name: m["value"] for name, m in record["metrics"].items()}
-    errors = {f"{name}_stderr": m["stderr"] for name, m in record["metrics"].items() if m["stderr"] is not None}
-    bits = {f"bits/{k}": v for k, v in (record["bits"] or {}).items()}
-    seconds = {f"seconds/{stage}": s for stage, s in record["timings_s"].items()}
-    return metrics | errors | bits | seconds | {"status": record["status"], **record["memory"]}
+RUN_ID = 16  # digits of a point's key
 
 
 def wandb_tracker(record: dict, config: dict, folder: Path) -> None:
-    """A W&B run a point, in its sweep's group: axes flat in the config, numbers in the summary, a table of matrices."""
+    """A W&B run a point, in its sweep's group: axes flat in the config, the rest as `sweeps.mirror` shows it.
+
+    The run is named by the point's key and not resumed: a copy made later takes the place of the earlier one.
+    """
     import wandb
+
+    from sweeps.mirror import show
 
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=20)
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
     run = wandb.init(
         dir=folder, project=config["project"], entity=config["entity"], mode=config["mode"], settings=settings,
-        name=record["name"], id=record["key"][:16], group=record["sweep"], job_type=record["point"]["method"],
-        config=record["point"] | {"full": record["config"]}, resume="allow", reinit="finish_previous",
+        name=record["name"], id=record["key"][:RUN_ID], group=record["sweep"], job_type=record["point"]["method"],
+        config=record["point"] | {"full": record["config"]}, reinit="finish_previous",
     )  # fmt: skip
     with run:
-        run.define_metric("*", summary="none")
-        if record["matrices"]:
-            columns = ["name", "rank", "q", "stored_bits", "relative_error", "seconds"]
-            rows = [[m[c] for c in columns] for m in record["matrices"]]
-            run.log({"matrices": wandb.Table(columns=columns, data=rows)})
-        run.summary.update(flat_summary(record))
+        show(run, record, folder, config["artifact"])
+        run.finish(exit_code=int(record["status"] != "done"))
 
 
 TRACKERS: dict[str, Callable[[dict, dict, Path], None]] = {"wandb": wandb_tracker, "none": lambda *_: None}
