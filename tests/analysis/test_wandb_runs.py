@@ -8,7 +8,7 @@ import pytest
 from analysis.frontier import frontier_table
 from analysis.records import RecordError, tidy
 from analysis.wandb_runs import load_runs, records_of
-from sweeps.trackers import flat_summary
+from sweeps.mirror import flat_summary
 
 
 def as_run(record: dict) -> SimpleNamespace:

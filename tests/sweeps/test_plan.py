@@ -14,6 +14,7 @@ from sweeps.schema import Config
 NEUTRAL = {
     "model.name", "model.path", "model.gguf_package", "model.gguf_file", "model.revision", "model.trust_remote_code",
     "calibration.allow_overlap", "tracker.name", "tracker.mode", "tracker.project", "tracker.entity",
+    "tracker.artifact",
     "compute.device", "compute.threads", "compute.spill_mb", "compute.workers", "compute.backend",
     "sweep", "results", "cache", "plan", "retry", "force", "checkpoint.keep",
     "search.objectives", "search.trials", "search.batch", "search.screen", "search.blocks", "search.prune_margin",
