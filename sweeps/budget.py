@@ -46,6 +46,11 @@ CHOSEN = tuple(f.name for f in fields(Choice))
 Table = dict[str, Choice]  # by full name
 
 
+def method_of_matrix(name: str, method: Method, table: Table) -> Method:
+    """How the matrix of that full name is decomposed: as the table says, where it is in it."""
+    return table[name].applied(method) if name in table else method
+
+
 def only_choice(table: Table) -> Choice | None:
     """What all matrices have in common, if it is everything."""
     choices = set(table.values())

@@ -14,17 +14,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from caldera.blocks import InputGroup, Stream, input_groups, residual_writers
 from caldera.devices import full_precision, release
-from caldera.files import committed
 from caldera.moments import collect, pooled
 from caldera.rows import Rows, Spill
 from caldera.streamed import Source
 from caldera.tensorfile import write_tensors
-from sweeps.store import note_of, noted, read_sealed, write_note, write_sealed
+from sweeps.store import note_of, noted, read_sealed, write_note, write_sealed, write_tensors_noted
 
 DONE = "manifest.json"
 KEPT_EVERY = 60.0  # seconds after which hidden states are kept for an interrupted collection to go on from
@@ -183,10 +181,8 @@ class _Collection:
         self.at = index + 1
         del block
         moments, few = pooled(groups, found)
-        with committed(self._moments(index)) as part:
-            save_file({key: h.cpu().contiguous() for key, h in moments.items()}, part)
         facts = [asdict(g) | {"tokens": found[g.name].tokens, "filled_up": g.name in few} for g in groups]
-        write_note(self._moments(index), {"groups": facts, "residual_writers": writers})
+        write_tensors_noted(self._moments(index), moments, {"groups": facts, "residual_writers": writers})
         release()
 
     def _step(self, count: int) -> None:

@@ -174,7 +174,7 @@ def halving(run: Callable[[int], dict], batch: int, what: str) -> dict:
 
     Raises CalderaError when a batch of one does not fit.
     """
-    import torch
+    from caldera.devices import release_devices
 
     while True:
         try:
@@ -184,8 +184,7 @@ def halving(run: Callable[[int], dict], batch: int, what: str) -> dict:
                 raise
             if batch == 1:
                 raise CalderaError(f"{what}: out of memory at evaluation.batch_size=1: use a larger machine") from error
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_devices()
         warn(f"{what}: out of memory with batches of {batch}, going on with {batch // 2}")
         batch //= 2
 

@@ -12,7 +12,7 @@ from caldera import Basis, Decomposition, Method, decompose, predict_error
 from caldera.devices import full_precision, release
 from caldera.matrices import Matrix
 from caldera.problem import Problem
-from sweeps.budget import CHOSEN, Table
+from sweeps.budget import CHOSEN, Table, method_of_matrix
 from sweeps.inputs import CorrectedPrefix, Given, Original
 from sweeps.parallel import Workers
 from sweeps.shared import SharedBlock
@@ -34,7 +34,7 @@ class Fit:
 
     def method_of(self, name: str) -> Method:
         """How the matrix of that full name is decomposed."""
-        return self.table[name].applied(self.method) if name in self.table else self.method
+        return method_of_matrix(name, self.method, self.table)
 
     @property
     def facts(self) -> dict:

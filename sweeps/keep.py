@@ -32,10 +32,6 @@ def dominated(point: Point) -> list[str]:
     return sorted(path.rpartition("/")[2] for path in done - best)
 
 
-def axes_model(point: Point) -> str:
-    return point.config["model"]["name"]
-
-
 def _drop_unless_held(point: Point, name: str) -> None:
     from sweeps.compress import drop
 

@@ -100,12 +100,8 @@ def record_lost(point, error: Exception) -> None:
     """Commit the failed record that the process of a `Point` could not, unless the point is done or somebody's now."""
     from filelock import FileLock, Timeout
 
-    from sweeps import record as records
     from sweeps.heartbeat import PROGRESS, read_heartbeat
-    from sweeps.pipeline import finished
-    from sweeps.point import axes
-    from sweeps.store import write_sealed
-    from sweeps.trackers import track
+    from sweeps.pipeline import commit_failure, finished
 
     warn(f"{point.name}: {error}")
     point.folder.mkdir(parents=True, exist_ok=True)
@@ -113,12 +109,9 @@ def record_lost(point, error: Exception) -> None:
         with FileLock(point.folder / ".lock", timeout=0):
             if finished(point):
                 return
-            failed = records.skeleton(point, axes(point), "failed")
             last = point.folder / PROGRESS
-            failed["error"] = records.error_of(error, (read_heartbeat(last) or {"stage": "start"})["stage"], None)
-            write_sealed(point.folder / "record.json", failed)
+            commit_failure(point, error, (read_heartbeat(last) or {"stage": "start"})["stage"])
             last.unlink(missing_ok=True)
-            track(failed, point.config["tracker"], point.results)
     except Timeout:
         return
 

@@ -56,7 +56,7 @@ def run_point(point: Point, reporter: Reporter) -> dict:
             _commit(point, record)
         except Exception as error:
             logger.exception("point failed")
-            _commit_failure(point, reporter, error)
+            commit_failure(point, error, reporter.stage_name, reporter.timings)
             raise
         finally:
             _let_go()
@@ -78,11 +78,12 @@ def _commit(point: Point, record: dict) -> None:
     track(record, point.config["tracker"], point.results)
 
 
-def _commit_failure(point: Point, reporter: Reporter, error: Exception) -> None:
+def commit_failure(point: Point, error: Exception, stage: str, timings: dict[str, float] | None = None) -> None:
+    """Record that a point failed, and in which stage; whoever calls has the point's lock."""
     failed = records.skeleton(point, axes(point), "failed")
-    failed |= {"error": records.error_of(error, reporter.stage_name, getattr(error, "matrix", None))}
+    failed |= {"error": records.error_of(error, stage, getattr(error, "matrix", None))}
     try:
-        _commit(point, failed | {"timings_s": reporter.timings})
+        _commit(point, failed | {"timings_s": timings or {}})
     except OSError as lost:  # a full disk: what failed is said, and what is finished stays
         warn(f"the failure of {point.name} could not be recorded ({lost.strerror}): {error}")
 
@@ -147,7 +148,7 @@ def compress_point(point: Point, reporter: Reporter, target: Path):
     if found := place.finished():
         return found
     inputs = _inputs(point, reporter)
-    shared = Shared(point.cache / "shared" / point.shared_key[:24] if point.correction is None else None)
+    shared = Shared(point.shared_folder if point.correction is None else None)
     table = _budgeted(point, reporter, inputs.calibration, shared)
     fit = Fit(point.method, frozenset(point.inventory), torch.device(point.device), table)
     with reporter.stage("compress") as progress:
@@ -173,7 +174,7 @@ def _inputs(point: Point, reporter: Reporter):
     from sweeps.calibration import ensure_calibration, is_complete
     from sweeps.inputs import CorrectedPrefix, Original
 
-    folder, spill = point.cache / "moments" / point.moments_key[:24], _spill(point)
+    folder, spill = point.moments_folder, _spill(point)
     with reporter.stage("calibrate") as progress:
         hidden = point.correction is not None
         reporter.reused["moments"] = float(is_complete(folder, hidden))

@@ -7,7 +7,7 @@ from pathlib import Path
 from caldera.correction import Correction
 from caldera.method import Method
 from caldera.quantizers import get_quantizer
-from sweeps.budget import CHOSEN, Budget, Choice, Scale, Table, as_json
+from sweeps.budget import CHOSEN, Budget, Choice, Scale, Table, as_json, method_of_matrix
 from sweeps.parallel import Workers, gpu_count, thread_count
 from sweeps.paths import default_cache
 from sweeps.shared import VERSION as SHARED_VERSION
@@ -66,7 +66,7 @@ class Point:
 
     def method_of(self, name: str) -> Method:
         """How the matrix of that full name is decomposed."""
-        return self.table[name].applied(self.method) if name in self.table else self.method
+        return method_of_matrix(name, self.method, self.table)
 
     @property
     def stored_bits(self) -> float | None:
@@ -132,6 +132,16 @@ class Point:
     @property
     def cache(self) -> Path:
         return cache_of(self.config)
+
+    @property
+    def moments_folder(self) -> Path:
+        """Of the cache: what the matrices receive."""
+        return self.cache / "moments" / self.moments_key[:24]
+
+    @property
+    def shared_folder(self) -> Path:
+        """Of the cache: what points share of the fit."""
+        return self.cache / "shared" / self.shared_key[:24]
 
     @property
     def results(self) -> Path:

@@ -89,9 +89,9 @@ def _held(point: Point) -> set[str]:
     scores = [part.file(cache, model) for part in parts(point.config["evaluation"], point.dtype)]
     there = {"done": finished(point), "baseline": all(file.is_file() for file in scores)}
     if point.method is not None:
-        folder = cache / "moments" / point.moments_key[:24]
+        folder = point.moments_folder
         there["moments"] = is_complete(folder, point.correction is not None)
-        shared = cache / "shared" / point.shared_key[:24]
+        shared = point.shared_folder
         if point.allocated:
             there |= {"curves": curves_file(point).is_file(), "sensitivity": costs_file(point).is_file()}
         there["factors"] = shared.is_dir() and any(shared.glob("*/factors-*"))

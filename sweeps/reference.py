@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from caldera.files import committed
-from sweeps.store import note_of, noted, write_note
+from sweeps.store import read_tensors_noted, write_tensors_noted
 
 NARROW = 2**16  # up to so many tokens in the vocabulary the index of one takes two bytes
 
@@ -118,10 +116,9 @@ def reference(path: Path, count: int) -> Iterator[Reference]:
 
 def read(path: Path) -> Kept | None:
     """What a file holds if it is whole."""
-    if noted(path) is None:
+    if (found := read_tensors_noted(path)) is None:
         return None
-    note_of(path).touch()  # says when it was used last
-    tensors = load_file(path)
+    tensors, _ = found
     wide = tensors.pop("tokens")
     tokens = wide.long() & (NARROW - 1) if wide.dtype == torch.int16 else wide.long()
     return Kept(tokens, **tensors)
@@ -129,6 +126,5 @@ def read(path: Path) -> Kept | None:
 
 def write(path: Path, kept: Kept) -> None:
     narrow = torch.int16 if int(kept.tokens.max()) < NARROW else torch.int32
-    with committed(path) as part:
-        save_file({"tokens": kept.tokens.to(narrow), "logs": kept.logs, "rest": kept.rest}, part)
-    write_note(path, {"tokens": len(kept.rest)})
+    tensors = {"tokens": kept.tokens.to(narrow), "logs": kept.logs, "rest": kept.rest}
+    write_tensors_noted(path, tensors, {"tokens": len(kept.rest)})

@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from caldera import Basis, prepare
 from caldera.basis import Factorised
-from caldera.files import committed
 from caldera.lowrank import Subspace
 from caldera.problem import Problem
-from sweeps.store import note_of, noted, write_note
+from sweeps.store import read_tensors_noted, write_tensors_noted
 
 VERSION = 2  # counts up when the same settings give other factors or subspaces
 
@@ -85,20 +83,13 @@ class SharedBlock:
             self.made[kind] += 1
             return make()
         path = self.folder / f"{name}.safetensors"
-        if (facts := noted(path)) is None:
+        if (found := read_tensors_noted(path)) is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.folder}.lock"):
-                if (facts := noted(path)) is None:
+                if (found := read_tensors_noted(path)) is None:
                     self.made[kind] += 1
-                    return _written(path, *make())
+                    made = make()
+                    write_tensors_noted(path, *made)
+                    return made
         self.reused[kind] += 1
-        note_of(path).touch()  # says when it was used last
-        return load_file(path), facts
-
-
-def _written(path: Path, tensors: dict[str, Tensor], facts: dict) -> Made:
-    """Commit both; a GPU's memory is for what is computed."""
-    with committed(path) as part:
-        save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, part)
-    write_note(path, facts)
-    return tensors, facts
+        return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from caldera.method import Method
 from caldera.packed import MatrixSpec
 from sweeps import costs
-from sweeps.budget import Budget, Table, guessed_table
+from sweeps.budget import Budget, Table, guessed_table, method_of_matrix
 from sweeps.outline import Group, Outline
 from sweeps.point import Point
 
@@ -58,7 +58,7 @@ class Sizes:
         return float(self.tokens * self.model.hidden * self.itemsize)
 
     def method_of(self, name: str) -> Method:
-        return self.table[name].applied(self.method) if name in self.table else self.method
+        return method_of_matrix(name, self.method, self.table)
 
     def jobs(self) -> Counter[tuple[tuple[int, int], Method]]:
         """How many matrices there are of every shape and method."""

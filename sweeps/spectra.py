@@ -32,7 +32,7 @@ def spectra_of(point: Point, blocks: list[int]) -> dict:
     from sweeps.calibration import Calibration, is_complete
     from sweeps.models import open_model
 
-    folder = point.cache / "moments" / point.moments_key[:24]
+    folder = point.moments_folder
     if not is_complete(folder, hidden=False):
         raise UserError(f"{folder} holds no calibration of {point.name}: run the point again with force=true")
     model = open_model(point.source, None, "cpu", point.config["model"]["trust_remote_code"])

@@ -9,12 +9,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from caldera.errors import UserError
-from caldera.files import sha256, write_json
+from caldera.files import committed, sha256, write_json
 from sweeps.progress import warn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKSUM = "checksum"
 
@@ -97,6 +101,25 @@ def noted(path: Path, note: Path | None = None) -> dict | None:
 def _sum_of(path: Path) -> str:
     stat = path.stat()
     return _sum(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+def write_tensors_noted(path: Path, tensors: dict[str, "Tensor"], facts: dict) -> None:
+    """Commit a safetensors file, wherever its tensors are, and the note about it."""
+    from safetensors.torch import save_file
+
+    with committed(path) as part:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part)
+    write_note(path, facts)
+
+
+def read_tensors_noted(path: Path) -> tuple[dict[str, "Tensor"], dict] | None:
+    """The tensors and the facts about them of a file that is as its note says; the note tells when it was used last."""
+    from safetensors.torch import load_file
+
+    if (facts := noted(path)) is None:
+        return None
+    note_of(path).touch()
+    return load_file(path), facts
 
 
 @functools.lru_cache(maxsize=4096)

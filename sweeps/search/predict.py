@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from caldera import predict_error
 from caldera.devices import full_precision
 from caldera.errors import NumericalError
-from caldera.matrices import matrices
 from caldera.streamed import Source
+from sweeps.allocation import members
 from sweeps.budget import as_json
 from sweeps.calibration import Calibration, is_complete
-from sweeps.inputs import Original
 from sweeps.models import open_model
 from sweeps.point import Point
 from sweeps.shared import Shared
@@ -28,7 +29,7 @@ def predicted_error(point: Point, blocks: int) -> float | None:
     and quantizers. None where nothing is known: no moments yet, or none that can be factorised, or a fit that
     does not follow them.
     """
-    moments = point.cache / "moments" / point.moments_key[:24]
+    moments = point.moments_folder
     method = point.method
     if method is None or method.moments != "measured" or not is_complete(moments, hidden=False):
         return None
@@ -41,30 +42,24 @@ def predicted_error(point: Point, blocks: int) -> float | None:
 @full_precision()
 def _predicted(point: Point, moments: Path, blocks: int) -> dict:
     model = open_model(point.source, None, "cpu", point.config["model"]["trust_remote_code"])
-    given, weights, losses = Original(Calibration(moments)), 0, 0.0
+    calibration, weights, losses = Calibration(moments), 0, 0.0
     try:
         for index in spread(model.count, blocks):
-            for size, error in _block_errors(point, model, given, index):
+            for size, error in _block_errors(point, model, calibration, index):
                 weights, losses = weights + size, losses + size * error**2
     except NumericalError:
         return {"error": None}  # the point itself will fail, and say so
     return {"error": math.sqrt(losses / weights) if weights else None}
 
 
-def _block_errors(point: Point, model: Source, inputs: Original, index: int) -> Iterator[tuple[int, float]]:
+def _block_errors(point: Point, model: Source, calibration: Calibration, index: int) -> Iterator[tuple[int, float]]:
     """(parameters, predicted relative error) of each of a block's matrices that are compressed."""
-    name, layers = f"{model.name}.{index}", matrices(model.block(index))
-    shared = Shared(point.cache / "shared" / point.shared_key[:24])
-    known = shared.block(index)
-    for given in (given for stage in inputs.stages(index) for given in stage):
-        moments = given.moments.to(point.device)
-        for own in given.group.members:
-            if (full := f"{name}.{own}") not in point.inventory:
-                continue
-            weight, method = layers[own].read().to(moments), point.method_of(full)
-            basis = known.basis(moments, f"{name}.{given.group.name}", point.method.basis_options)
-            problem = known.problem(weight, basis, full, method.rank)
-            yield weight.numel(), predict_error(weight, moments, method, name=full, basis=basis, problem=problem)
+    known = Shared(point.shared_folder).block(index)
+    for member in members(calibration, model, point, index, known, torch.device(point.device)):
+        method = point.method_of(member.name)
+        problem = known.problem(member.weight, member.basis, member.name, method.rank)
+        options = {"name": member.name, "basis": member.basis, "problem": problem}
+        yield member.weight.numel(), predict_error(member.weight, member.moments, method, **options)
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -74,21 +74,31 @@ def console():
 
 
 @pytest.fixture
-def application(settings, tmp_path, monkeypatch, capsys):
-    """application(*arguments): the console script's main() in this process, as (exit code, stdout, stderr)."""
+def typed(monkeypatch, capsys):
+    """typed(*arguments): the console script's main() in this process, as (exit code, stdout, stderr)."""
 
-    def _application(*arguments: str) -> tuple[int, str, str]:
+    def _typed(*arguments: str) -> tuple[int, str, str]:
         for name, value in {"total": 1, "begun": 0, "seconds": []}.items():
             monkeypatch.setattr(SWEEP, name, value)
-        flags = ["-m"] if "-m" in arguments else []
-        rest = [argument for argument in arguments if argument != "-m"]
-        monkeypatch.setattr(sys, "argv", ["caldera-run", *flags, *settings, f"results={tmp_path / 'results'}", *rest])
+        monkeypatch.setattr(sys, "argv", ["caldera-run", *arguments])
         code = 0
         try:
             main()
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
+
+    return _typed
+
+
+@pytest.fixture
+def application(settings, tmp_path, typed):
+    """application(*arguments): as `typed`, on the tiny model, with results below tmp_path."""
+
+    def _application(*arguments: str) -> tuple[int, str, str]:
+        flags = ["-m"] if "-m" in arguments else []
+        rest = [argument for argument in arguments if argument != "-m"]
+        return typed(*flags, *settings, f"results={tmp_path / 'results'}", *rest)
 
     return _application
 

@@ -174,8 +174,8 @@ def test_bytes_are_those_of_a_real_point(inputs, point, settings):
     assert found.stored_bits == record["bits"]["stored"]
     assert found.nominal_bits == pytest.approx(record["bits"]["nominal"])
     assert found.model_bits == pytest.approx(record["bits"]["model"], rel=0.02)
-    moments = job.cache / "moments" / job.moments_key[:24]
-    shared = job.cache / "shared" / job.shared_key[:24]
+    moments = job.moments_folder
+    shared = job.shared_folder
     assert moments_bytes(sizes) == pytest.approx(bytes_of(moments, "block-*.safetensors"), rel=0.05)
     if inputs == "corrected":
         assert hidden_bytes(sizes) == pytest.approx(bytes_of(moments, "hidden-*.safetensors"), rel=0.05)

@@ -1,15 +1,12 @@
 """`caldera-run retry=SWEEP` does what is missing of a sweep, as it was planned, and nothing else."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from sweeps import fitting
 from sweeps.manifest import manifest_of
-from sweeps.progress import SWEEP
-from sweeps.run import main
 from sweeps.store import write_sealed
 from tests.sweeps.swept import NO_TASKS, Swept
 
@@ -31,21 +28,9 @@ def failing(monkeypatch):
 
 
 @pytest.fixture
-def retried(tmp_path, monkeypatch, capsys):
-    """retried(*arguments): the console script's main() without other settings, as (exit code, stdout, stderr)."""
-
-    def _retried(*arguments: str) -> tuple[int, str, str]:
-        for name, value in {"total": 1, "begun": 0, "seconds": []}.items():
-            monkeypatch.setattr(SWEEP, name, value)
-        monkeypatch.setattr(sys, "argv", ["caldera-run", f"results={tmp_path / 'results'}", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return _retried
+def retried(tmp_path, typed):
+    """retried(*arguments): the console script without other settings."""
+    return lambda *arguments: typed(f"results={tmp_path / 'results'}", *arguments)
 
 
 def plan(results: Path, sweep: str) -> None:

@@ -152,7 +152,7 @@ def test_errors_are_those_of_the_deployed_weights(application, point, tiny_llama
     assert application("rank.k=8", "method.inputs=original", NO_TASKS)[0] == 0
     swept, original = Swept(tmp_path / "results"), load_file(tiny_llama_dir / "model.safetensors")
     record = swept.of(rank=8)
-    calibration = Calibration(point().cache / "moments" / point().moments_key[:24])
+    calibration = Calibration(point().moments_folder)
     recorded = {m["name"]: (m["relative_error"], m["output_error"]) for m in record["matrices"]}
     deployed = load_dense(swept.checkpoint(record)).state_dict()
     assert sum(calibration.tokens(0).values()) == 4 * 1024
