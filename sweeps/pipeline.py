@@ -4,7 +4,6 @@ Moments and what points share of the fit lie in the cache, and so do the scores 
 block by block, and records in the results. Each is named by the hash of what it depends on and made under a lock.
 """
 
-import contextlib
 import functools
 import gc
 import math
@@ -12,16 +11,15 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from caldera.errors import CalderaError, UserError
+from caldera.errors import UserError
 from sweeps import record as records
 from sweeps.evaluate import Evaluation
 from sweeps.heartbeat import working_on
 from sweeps.keep import tidy
-from sweeps.perplexity import Windows
 from sweeps.point import Point, axes, uncompressed_axes
 from sweeps.progress import Reporter, log_file, logger, warn
 from sweeps.store import read_sealed, write_sealed
-from sweeps.texts import text_digest
+from sweeps.tokens import calibration_rows, check_texts, tokenizer_of, windows
 from sweeps.trackers import track
 
 
@@ -161,7 +159,7 @@ def _budgeted(point: Point, reporter: Reporter, calibration, shared) -> dict:
     from sweeps.allocation import Probe, decided, report
 
     def probe() -> Probe:
-        rows, original = functools.partial(_rows, point), functools.partial(_original, point)
+        rows, original = functools.partial(calibration_rows, point), functools.partial(_original, point)
         return Probe(point, calibration, _stored(point), original, rows, _spill(point), shared)
 
     table = decided(probe, point, reporter)
@@ -178,11 +176,11 @@ def _inputs(point: Point, reporter: Reporter):
     with reporter.stage("calibrate") as progress:
         hidden = point.correction is not None
         reporter.reused["moments"] = float(is_complete(folder, hidden))
-        texts = functools.partial(_rows, point)
+        texts = functools.partial(calibration_rows, point)
         found = ensure_calibration(folder, lambda: _original(point), texts, progress, hidden, spill)
     if point.correction is None:
         return Original(found)
-    return CorrectedPrefix(found, _original(point), _rows(point), point.correction, spill)
+    return CorrectedPrefix(found, _original(point), calibration_rows(point), point.correction, spill)
 
 
 def _spill(point: Point):
@@ -192,8 +190,8 @@ def _spill(point: Point):
 
 
 def _evaluation(point: Point, load) -> Evaluation:
-    tokenizer, original = lambda: _tokenizer(point.source), lambda: _uncompressed_model(point, point.dtype)
-    given = {"windows": lambda: _windows(point), "tokenizer": tokenizer}
+    tokenizer, original = lambda: tokenizer_of(point.source), lambda: _uncompressed_model(point, point.dtype)
+    given = {"windows": lambda: windows(point), "tokenizer": tokenizer}
     given |= {"original": (point.uncompressed.fit_key, original)}
     return Evaluation(point.config["evaluation"], point.dtype, point.cache, point.fit_key, load, **given)
 
@@ -218,67 +216,6 @@ def check_inputs(point: Point) -> None:
 
     check_finite(point.source, point.cache)
     check_texts(point)
-
-
-def check_texts(point: Point) -> None:
-    """Both texts are long enough and share no document. Raises UserError."""
-    from sweeps.texts import check_no_overlap, load_texts
-
-    settings = point.config["calibration"]
-    _rows(point)
-    _windows(point)
-    if not settings["allow_overlap"]:
-        check_no_overlap(load_texts(settings["text"]), load_texts(point.config["evaluation"]["text"]))
-
-
-def _rows(point: Point):
-    """Token rows of the calibration text. Raises UserError naming the field when there are too few."""
-    settings = point.config["calibration"]
-    with _naming("calibration.sequences"):
-        chosen = [settings[key] for key in ("text", "sequences", "length", "shuffle_seed")]
-        return _token_rows(point.source, *chosen)
-
-
-def _windows(point: Point) -> Windows:
-    """Windows of the evaluation text. Raises UserError naming the field when there are too few."""
-    settings = point.config["evaluation"]
-    stride = settings["stride"] or settings["length"] - settings["bos"]
-    source = (settings["text"], settings["rows"], settings["length"], stride, settings["bos"], settings["join"])
-    with _naming("evaluation.rows"):
-        rows = _token_windows(point.source, *source)
-    facts = {"text": settings["label"] or settings["text"], "text_digest": text_digest(settings["text"])}
-    facts |= {"join": settings["join"], "tokenizer": point.tokenizer}
-    return Windows(rows, stride, settings["bos"], facts)
-
-
-@contextlib.contextmanager
-def _naming(field: str):
-    """Errors inside name the field."""
-    try:
-        yield
-    except CalderaError as error:
-        raise type(error)(f"{field}: {error}") from error
-
-
-@functools.lru_cache(maxsize=4)
-def _token_rows(checkpoint: Path, text: str, count: int, length: int, seed: int):
-    from sweeps.texts import load_texts, token_rows
-
-    return token_rows(load_texts(text), _tokenizer(checkpoint), count, length, seed)
-
-
-@functools.lru_cache(maxsize=4)
-def _token_windows(checkpoint: Path, text: str, *options):
-    from sweeps.texts import load_texts, token_windows
-
-    return token_windows(load_texts(text, blank=options[-1] is not None), _tokenizer(checkpoint), *options)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(checkpoint: Path):
-    from sweeps.models import load_tokenizer
-
-    return load_tokenizer(checkpoint)
 
 
 def _original(point: Point):

@@ -14,10 +14,11 @@ from sweeps.estimate import Estimate, estimate
 from sweeps.evaluate import parts
 from sweeps.machine import Machine
 from sweeps.outline import outline_of
-from sweeps.pipeline import check_texts, finished
+from sweeps.pipeline import finished
 from sweeps.point import Point
 from sweeps.progress import clock
 from sweeps.sizes import Sizes
+from sweeps.tokens import check_texts
 
 PIPE_WIDTH = 200  # columns when the output is no terminal
 COLUMNS = (

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from analysis.frontier import frontier_table
 from caldera import relative_error
 from caldera.checkpoint import block_file, load_dense, read_manifest, read_matrices
-from sweeps import pipeline
+from sweeps import pipeline, tokens
 from sweeps.calibration import Calibration
 from sweeps.compress import notes_of
 from sweeps.perplexity import Windows, text_scores
@@ -141,7 +141,7 @@ def test_a_checkpoint_reloads_to_the_very_model_that_was_measured(swept, rank):
     for matrix in (m for i in range(2) for m in read_matrices(folder, block_file(i))):
         assert one[f"{matrix.spec.name}.weight"].equal(matrix.dequantize())
     assert set(read_manifest(folder)["matrices"]) == {m["name"] for m in record["matrices"]}
-    rows = pipeline._token_windows(folder, "embedded_heldout", 2, 256, 256, False, None)
+    rows = tokens.token_windows_of(folder, "embedded_heldout", 2, 256, 256, False, None)
     model = load_dense(folder, getattr(torch, metric["measured_on"]["dtype"]))
     again = text_scores(model, Windows(rows, 256), "x")["perplexity/x"]
     assert again["samples"] == pytest.approx(metric["samples"], rel=1e-5)
