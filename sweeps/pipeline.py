@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from caldera.errors import UserError
 from sweeps import record as records
+from sweeps.ending import honour
 from sweeps.evaluate import Evaluation
 from sweeps.heartbeat import working_on
 from sweeps.keep import tidy
@@ -53,6 +54,7 @@ def run_point(point: Point, reporter: Reporter) -> dict:
             record = _compute(point, reporter)
             _commit(point, record)
         except Exception as error:
+            honour()
             logger.exception("point failed")
             commit_failure(point, error, reporter.stage_name, reporter.timings)
             raise

@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from caldera.errors import UserError
+from sweeps.ending import honour
 from sweeps.job import conclude, work
 from sweeps.live import end_live, show_live
 from sweeps.manifest import manifest_of, manifests, remember, results_below
@@ -47,6 +48,7 @@ def _try(name: str, recorded: dict, cfg: DictConfig, typed: list[str], results: 
         remember([point])
         work(point, check=True)
     except Exception as error:  # whatever it is, the other points go on
+        honour()
         complain(f"  failed: {name}: {sentence(error)}")
 
 

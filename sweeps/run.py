@@ -1,7 +1,6 @@
 """`caldera-run`: a Hydra application whose task is one point. Configuration errors are one sentence and exit code 1."""
 
 import os
-import signal
 import sys
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach main(), which words them
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caldera.errors import CalderaError
+from sweeps.ending import heeded, honour
 from sweeps.schema import register
 from sweeps.wording import refuse, sentence
 
@@ -25,10 +25,12 @@ register()
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
 def app(cfg: DictConfig) -> tuple[float, ...] | None:
     """One point; in a multirun, its costs. There a failed point is recorded, has none, and the next one follows."""
+    honour()
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         return _run(cfg, single)
     except Exception as error:  # whatever it is, the other points of a multirun go on
+        honour()
         if single and isinstance(error, CalderaError):
             refuse([sentence(error)])
         if single:
@@ -68,9 +70,9 @@ def _run(cfg: DictConfig, single: bool) -> tuple[float, ...] | None:
 
 def main() -> None:
     """Console script. Interrupted or asked to end, it leaves what is finished, and says how to go on."""
-    signal.signal(signal.SIGTERM, _end)
     try:
-        app()
+        with heeded():
+            app()
     except KeyboardInterrupt:
         print("caldera-run: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
@@ -78,11 +80,6 @@ def main() -> None:
         refuse([sentence(error)])
     except OSError as error:  # Hydra makes the results folder before any code of ours runs
         refuse([f"{error.filename} cannot be written to ({error.strerror}): choose another folder by results=..."])
-
-
-def _end(*_: object) -> None:
-    """Let everything that is open be closed."""
-    raise SystemExit(143)
 
 
 if __name__ == "__main__":
