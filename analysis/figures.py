@@ -61,13 +61,14 @@ def load(source: str | Path) -> list[dict]:
 
 def figures() -> dict[str, Callable[[Sweep, str], "Figure"]]:
     """Every figure by its file's name: a function of a sweep and a theme, which raises RecordError without data."""
-    from analysis import layers, tradeoffs
+    from analysis import layers, methods, tradeoffs
     from analysis.plots import frontier_figure
 
     def frontier(size: str):
         return lambda s, theme: frontier_figure(frontier_table(s.records, s.metric, size), s.metric, SIZES[size], theme)
 
     return {f"frontier-{size}": frontier(size) for size in SIZES} | {
+        "methods": lambda s, theme: methods.methods_figure(s.table, s.metric, theme=theme),
         "models": lambda s, theme: tradeoffs.models_figure(s.table, s.metric, theme),
         "spending": lambda s, theme: tradeoffs.spending_figure(s.table, s.metric, theme),
         "costs": lambda s, theme: tradeoffs.costs_figure(s.table, s.table.attrs["x"], theme),

@@ -1,6 +1,7 @@
 """`caldera-frontier RESULTS_DIR`: which points of a sweep are Pareto-optimal, as a table, a figure and a CSV file."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from textwrap import shorten
@@ -129,6 +130,11 @@ def score(value: float, stderr: float) -> str:
 def _notes(table: pd.DataFrame) -> list[str]:
     metric, x = table.attrs["metric"], table.attrs["x"]
     notes = [f"* Pareto-optimal: no other point has as few {x} and as good a {metric}."]
+    notes += [
+        f"noise floor of {model}: {metric} is {score(exact[metric], math.nan)} in float32."
+        for model, exact in table.attrs["float32"].items()
+        if metric in exact
+    ]
     for name, info in table.attrs["metrics"].items():
         if info["differs"]:
             notes.append(f"warning: {name} was not measured alike in all points ({', '.join(info['differs'])} differ).")

@@ -16,10 +16,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from analysis import style
 from analysis.frontier import score
 from analysis.pareto import is_compressed, pareto
-from analysis.records import RecordError
+from analysis.records import RELATIVE, RecordError
 
 SIZE = (6.5, 3.9)  # inches: the text width of a one-column article; a long legend makes it higher
 OUTER, HOLE = 7.2, 4.8  # points: the width of a mark, and of the hole of a hollow one
+LOGARITHMIC = ("perplexity/", "kl/", "kl_")  # how metrics begin whose axis is
 WHISKER = {"linewidth": 1, "marker": "_", "markersize": 4, "markeredgewidth": 1}
 LEGEND = {"loc": "upper left", "alignment": "left", "title_fontproperties": {"weight": "bold"}}
 LEGEND |= {"borderpad": 0, "borderaxespad": 0, "labelspacing": 0.35, "handlelength": 1.4}
@@ -30,9 +31,9 @@ def frontier_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", th
 
     Colour is the rank, shape Q's quantizer, fill the bits of L and R, from hollow to solid. Pareto-optimal points are
     joined and labelled, dominated ones pale; the uncompressed model is a dashed line. The band of a `frontier_table` is
-    shaded. Rows that lack one of the two
-    values are left out; RecordError if none is left. Artists carry gids: `point:<name>` a mark, `stderr:<name>` its
-    error, `baseline:<name>` a dashed line, `frontier` the steps, `band` their band.
+    shaded, and so is the noise floor, between the uncompressed model and the same in float32. Rows that lack one of the
+    two values are left out; RecordError if none is left. Artists carry gids: `point:<name>` a mark, `stderr:<name>` its
+    error, `baseline:<name>` a dashed line, `floor:<name>`, `frontier` the steps, `band` their band.
     """
     info = table.attrs.get("metrics", {}).get(metric, {})
     rows = table[is_compressed(table) & np.isfinite(table[x]) & np.isfinite(table[metric])].reset_index(drop=True)
@@ -45,13 +46,13 @@ def frontier_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", th
         axes = figure.add_subplot(xlabel=style.AXES[x], ylabel=style.metric_label(metric, info))
         steps = {"drawstyle": "steps-post", "color": theme.muted, "linewidth": 1, "zorder": 2}
         axes.plot(front[x], front[metric], **steps, gid="frontier")
-        shaded = _shade(axes, table, x, metric, theme)
+        shaded = shade(axes, table, x, metric, theme)
         marks = Marks(rows, theme, shaded)
         for index, row in rows.iterrows():
             marks.draw(axes, row, x, metric, optimal=index in front.index)
-        lines = [_baseline(axes, row, metric, theme) for _, row in _uncompressed(table, metric).iterrows()]
+        lines = [baseline(axes, row, metric, theme) for _, row in uncompressed(table, metric).iterrows()]
         scale(axes, metric)
-        _arrange(figure, axes, marks.legend())
+        arrange(figure, axes, marks.legend())
         labels = style.Labels(axes, theme)
         for line in lines:
             labels.along(line)
@@ -60,7 +61,7 @@ def frontier_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", th
     return figure
 
 
-def _shade(axes: Axes, table: pd.DataFrame, x: str, metric: str, theme: style.Theme) -> bool:
+def shade(axes: Axes, table: pd.DataFrame, x: str, metric: str, theme: style.Theme) -> bool:
     """Shades the band if the table has one for these axes; whether it has."""
     band = table.attrs.get("band")
     if not band or (table.attrs["x"], table.attrs["metric"]) != (x, metric) or len(band["size"]) < 2:
@@ -70,22 +71,50 @@ def _shade(axes: Axes, table: pd.DataFrame, x: str, metric: str, theme: style.Th
     return True
 
 
-def _uncompressed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return table[(table["status"] == "done") & (table["method"] == "none") & np.isfinite(table[metric])]
+def uncompressed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Models as they are, with `level`, where to draw them, and `float32`, what the same model scores in float32.
+
+    What compares with the uncompressed model is drawn at its float32 value, the noise floor: its own is zero, or one,
+    by definition. Without a noise floor such a row is left out.
+    """
+    rows = table[(table["status"] == "done") & (table["method"] == "none") & np.isfinite(table[metric])]
+    exact = table.attrs["float32"]
+    float32 = rows["model"].map(lambda model: exact.get(model, {}).get(metric, np.nan)).astype(float)
+    relative = metric.startswith(RELATIVE)
+    return rows.assign(float32=float32, level=float32 if relative else rows[metric]).dropna(subset="level")
 
 
-def _baseline(axes: Axes, row: pd.Series, metric: str, theme: style.Theme) -> Line2D:
-    """A dashed line at the uncompressed model's value; its label is the text that `Labels.along` writes beside it."""
-    value = score(row[metric], row[f"{metric}:stderr"])
+def baseline(axes: Axes, row: pd.Series, metric: str, theme: style.Theme) -> Line2D:
+    """A dashed line for a row of `uncompressed`; its label is the text that `Labels.along` writes beside it.
+
+    Shaded, with gid `floor:<name>`, is what lies between the model and the same in float32.
+    """
+    if row["level"] == row[metric] and pd.notna(row["float32"]):
+        ends = sorted([row["float32"], row["level"]])
+        axes.axhspan(*ends, color=theme.muted, gid=f"floor:{row['name']}", zorder=0.8)
     look = {"color": theme.ink, "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 1}
-    text = f"uncompressed {style.MODELS.get(row['model'], row['model'])}: {value}"
-    return axes.axhline(row[metric], label=text, gid=f"baseline:{row['name']}", **look)
+    return axes.axhline(row["level"], label=baseline_label(row, metric), gid=f"baseline:{row['name']}", **look)
+
+
+def baseline_label(row: pd.Series, metric: str) -> str:
+    """`uncompressed SmolLM2: 20.95 ± 0.84, in float32 20.94`, or what the noise floor of a divergence is."""
+    name, exact = style.MODELS.get(row["model"], row["model"]), row["float32"]
+    if metric.startswith(RELATIVE):
+        return f"noise floor, {name} in float32: {exact:.2g}"
+    text = f"uncompressed {name}: {score(row[metric], row[f'{metric}:stderr'])}"
+    return text if pd.isna(exact) else f"{text}, in float32 {_close(exact, row[metric])}"
+
+
+def _close(exact: float, value: float) -> str:
+    """With as many digits as tell the two apart, two at least."""
+    digits = next((d for d in range(2, 6) if f"{exact:.{d}f}" != f"{value:.{d}f}"), 2)
+    return f"{exact:,.{digits}f}"
 
 
 def scale(axes: Axes, metric: str) -> None:
-    """Perplexities on a logarithmic axis with plain numbers at its ticks, and room for labels at every side."""
+    """Perplexities and divergences on a logarithmic axis with plain numbers at its ticks, and room at every side."""
     axes.margins(x=0.08, y=0.1)
-    if not metric.startswith("perplexity/"):
+    if not metric.startswith(LOGARITHMIC):
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -96,7 +125,7 @@ def scale(axes: Axes, metric: str) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _arrange(figure: Figure, axes: Axes, groups: dict[str, list[Artist]]) -> None:
+def arrange(figure: Figure, axes: Axes, groups: dict[str, list[Artist]]) -> None:
     """Sets the legend of each group below the other, right of the axes, and freezes the layout."""
     legends = [
         Legend(figure, handles, [handle.get_label() for handle in handles], title=title, **LEGEND)

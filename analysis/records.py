@@ -7,6 +7,7 @@ import pandas as pd
 
 SCHEMA_VERSION = 2
 REQUIRED = ("name", "status", "point", "bits", "metrics")
+RELATIVE = ("kl/", "kl_", "agreement/")  # how metrics begin that compare with the uncompressed model
 MATRIX_FIELDS = ("rank", "q", "l", "r", "nominal_bits", "stored_bits", "stored_bytes")
 ERRORS = ("relative_error", "predicted_error", "output_error")
 
@@ -50,6 +51,7 @@ def tidy(records: list[dict]) -> pd.DataFrame:
     one process held / 1e9, `reused_blocks` the share of blocks that were compressed before. What a record does not give
     is NaN (NA in integer axes). `table.attrs["axes"]` lists the axes, and `table.attrs["metrics"]` maps a metric
     to `higher_is_better`, to `measured_on` as far as all points agree, and to `differs`, the keys where they do not.
+    `table.attrs["float32"]` has, by model and metric, what the uncompressed model scores in float32: the noise floor.
     """
     metrics = sorted({metric for record in records for metric in record["metrics"] or {}})
     head = pd.DataFrame([{"name": record["name"], "status": record["status"]} for record in records])
@@ -59,7 +61,19 @@ def tidy(records: list[dict]) -> pd.DataFrame:
     table = pd.concat([head, axes, numbers, error], axis=1)
     table.attrs["axes"] = list(axes.columns)
     table.attrs["metrics"] = {metric: _description(records, metric) for metric in metrics}
+    table.attrs["float32"] = _float32(records)
     return table
+
+
+def _float32(records: list[dict]) -> dict[str, dict[str, float]]:
+    """Of what compares with the uncompressed model a record's noise floor has the value itself, else the change."""
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        for metric, change in (record.get("noise_floor") or {}).items():
+            if change is not None:
+                value = change if metric.startswith(RELATIVE) else record["metrics"][metric]["value"] - change
+                found.setdefault(record["point"]["model"], {})[metric] = value
+    return found
 
 
 def _axis(column: pd.Series) -> pd.Series:

@@ -15,12 +15,14 @@ from analysis.figures import Sweep, figures
 from analysis.frontier import SIZES, frontier_table, score
 from analysis.layers import NAMES, grid
 from analysis.pareto import is_compressed
+from analysis.plots import LOGARITHMIC, baseline_label, uncompressed
 from analysis.records import RecordError
 from analysis.wandb_runs import PREFIX
 
 TOLERANCES = (0.05, 0.1, 0.25, 0.5, 1.0)  # shares of the uncompressed model's value that one may be ready to lose
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "pentagon")
 STILL = {
+    "methods": "What each method and each budget makes of the bits",
     "spending": "What a split of bits between Q and L R buys, and what the next bit buys",
     "convergence": "How the fits converged: relative errors after each update",
     "prediction": "Measured against predicted relative errors of all matrices",
@@ -129,15 +131,21 @@ def frontier_data(sweep: Sweep) -> dict:
     return {
         "sizes": [{"key": column, "label": style.AXES[column]} for column in SIZES.values()],
         "metrics": [
-            {"key": m, "label": style.metric_label(m, metrics[m]), "log": m.startswith("perplexity/")} for m in ordered
+            {"key": m, "label": style.metric_label(m, metrics[m]), "log": m.startswith(LOGARITHMIC)} for m in ordered
         ],
         "points": _points(table),
-        "baselines": [
-            {"label": f"uncompressed {style.MODELS.get(row['model'], row['model'])}", "values": _values(row, ordered)}
-            for _, row in table[(table["status"] == "done") & (table["method"] == "none")].iterrows()
-        ],
+        "baselines": {metric: _baselines(table, metric) for metric in ordered},
         "fronts": {metric: {SIZES[x]: _front(sweep, metric, x) for x in SIZES} for metric in ordered},
     }
+
+
+def _baselines(table: pd.DataFrame, metric: str) -> list[dict]:
+    """Where the uncompressed models and their noise floors are drawn, and in which words."""
+    found = []
+    for _, row in uncompressed(table, metric).iterrows():
+        label = baseline_label(row, metric)
+        found.append({"level": row["level"], "float32": row["float32"], "label": label})
+    return found
 
 
 def _points(table: pd.DataFrame) -> list[dict]:

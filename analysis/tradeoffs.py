@@ -14,7 +14,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from analysis import style
 from analysis.pareto import is_compressed, pareto
-from analysis.plots import scale
+from analysis.plots import scale, uncompressed
 from analysis.records import RecordError
 
 STEPS = {"rank": "#0072B2", "precision": "#D55E00"}
@@ -23,7 +23,8 @@ STEPS = {"rank": "#0072B2", "precision": "#D55E00"}
 def models_figure(table: pd.DataFrame, metric: str, theme: str = "print") -> Figure:
     """The frontier of every model against megabytes, a colour a model; a star is a model before compression.
 
-    Artists carry gids: `points:<model>`, `frontier:<model>`, `baseline:<model>`. RecordError for fewer than two models.
+    A bar at the star reaches to the same model in float32. Artists carry gids `points:<model>`, `frontier:<model>`,
+    `baseline:<model>`, `floor:<model>`. RecordError for fewer than two models.
     """
     info = table.attrs["metrics"][metric]
     rows = table[(table["status"] == "done") & np.isfinite(table["megabytes"]) & np.isfinite(table[metric])]
@@ -52,13 +53,15 @@ def _narrow(axes: Axes) -> bool:
 def _model(axes: Axes, rows: pd.DataFrame, metric: str, higher: bool, colour: str, theme: style.Theme) -> None:
     model, points = rows["model"].iloc[0], rows[is_compressed(rows)]
     front = points[pareto(points, "megabytes", metric, higher)].sort_values("megabytes")
-    whole = rows[~is_compressed(rows)]
+    whole = uncompressed(rows, metric)
     axes.plot(points["megabytes"], points[metric], "o", color=theme.pale(colour), markersize=4, gid=f"points:{model}")
     label = style.MODELS.get(model, model)
     solid = {"color": colour, "marker": "o", "markersize": 5, "linewidth": 1.2, "label": label}
     axes.plot(front["megabytes"], front[metric], **solid, gid=f"frontier:{model}")
     star = {"color": colour, "marker": "*", "markersize": 9, "linestyle": "none"}
-    axes.plot(whole["megabytes"], whole[metric], **star, gid=f"baseline:{model}")
+    axes.plot(whole["megabytes"], whole["level"], **star, gid=f"baseline:{model}")
+    bar = {"color": colour, "linewidth": 1, "gid": f"floor:{model}"}
+    axes.vlines(whole["megabytes"], whole["level"], whole["float32"].fillna(whole["level"]), **bar)
 
 
 def spending_figure(table: pd.DataFrame, metric: str, theme: str = "print") -> Figure:
@@ -66,11 +69,12 @@ def spending_figure(table: pd.DataFrame, metric: str, theme: str = "print") -> F
 
     Left, a point is where its bits went, to Q and to L R, with its value; along a dashed line the total is the same.
     Right, a line from one size to the next is as high as the improvement per bit, of perplexity in percent: more rank
-    at the same Q, or a finer Q at the same rank. Artists carry gids: `point:<name>`, `iso:<bits>`,
-    `step:<kind>:<name>:<name>`. RecordError where ranks or bits do not vary.
+    at the same Q, or a finer Q at the same rank; shaded is what float32 changes. Artists carry gids: `point:<name>`,
+    `iso:<bits>`, `step:<kind>:<name>:<name>`, `floor`. RecordError where ranks or bits do not vary.
     """
     rows = _split(table, metric)
-    steps = list(_steps(rows, metric, table.attrs["metrics"][metric]["higher_is_better"]))
+    higher = table.attrs["metrics"][metric]["higher_is_better"]
+    steps = list(_steps(rows, metric, higher))
     if not steps:
         raise RecordError("rank against precision needs points that differ in rank, or in the bits of Q: sweep both.")
     look = style.THEMES[theme]
@@ -78,7 +82,10 @@ def spending_figure(table: pd.DataFrame, metric: str, theme: str = "print") -> F
         figure = Figure(figsize=(6.5, 3.4), layout="constrained")
         plane, gains = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _plane(figure, plane, rows, metric, look)
-        _gains(gains, steps, metric, look)
+        whole = uncompressed(table, metric)
+        floors = whole.loc[whole["model"] == rows["model"].iloc[0], ["float32", metric]].dropna()
+        noise = max((abs(_improvement(*pair, metric, higher)) for pair in floors.to_numpy(float)), default=0.0)
+        _gains(gains, steps, noise, metric, look)
     return figure
 
 
@@ -173,7 +180,7 @@ def _improvement(before: float, after: float, metric: str, higher: bool) -> floa
     return after - before if higher else before - after
 
 
-def _gains(axes: Axes, steps: list[tuple], metric: str, theme: style.Theme) -> None:
+def _gains(axes: Axes, steps: list[tuple], noise: float, metric: str, theme: style.Theme) -> None:
     for kind, before, after, gain in steps:
         look = {"color": STEPS[kind], "linewidth": 1.8, "solid_capstyle": "butt", "marker": "|", "markersize": 5}
         sizes = [before["bits_stored"], after["bits_stored"]]
@@ -182,6 +189,9 @@ def _gains(axes: Axes, steps: list[tuple], metric: str, theme: style.Theme) -> N
         if any(step[0] == kind for step in steps):
             axes.plot([], [], color=STEPS[kind], linewidth=1.8, label=words)
     axes.axhline(0, color=theme.muted, linewidth=0.7)
+    if noise:
+        words = f"noise floor of one bit: {noise:.2g}"
+        axes.axhspan(-noise, noise, color=theme.muted, label=words, gid="floor", zorder=0.8)
     what = "Reduction of log perplexity (% per bit)" if metric.startswith("perplexity/") else f"Better {metric} per bit"
     axes.set(xlabel="Stored bits per parameter, from and to", ylabel=what)
     axes.set_title("What the next bit buys", loc="left", fontsize=8.5)

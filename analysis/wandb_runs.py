@@ -13,7 +13,7 @@ from analysis.records import RecordError
 PREFIX = "wandb:"
 PATTERN = re.compile(r"(?P<project>[^/]+/[^/]+)(?:/(?P<sweep>.+))?")
 FALLS = ("perplexity/", "kl/")  # metrics of which less is better; a summary does not say
-OWN = ("status", "bits/", "seconds/")
+OWN = ("status", "bits/", "seconds/", "noise_floor/")
 
 
 class Run(Protocol):
@@ -62,6 +62,7 @@ def _record(run: Run) -> dict:
         "point": axes,
         "bits": _below("bits/", summary) or None,
         "metrics": _metrics(summary),
+        "noise_floor": _below("noise_floor/", summary) or None,
         "matrices": [],
         "timings_s": _below("seconds/", summary),
         "memory": {key: value for key, value in summary.items() if key.endswith("_bytes") and "/" not in key},

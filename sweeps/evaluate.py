@@ -20,6 +20,7 @@ from sweeps.texts import text_digest
 
 VERSION = 2  # counts up when the same settings give other scores
 TEXT = ("rows", "length", "stride", "bos", "join", "kl_tokens")  # what scores on a text depend on beside it
+RELATIVE = ("kl/", "kl_", "agreement/")  # how metrics begin that compare with the uncompressed model
 
 
 @dataclass(frozen=True)
@@ -126,18 +127,22 @@ class Evaluation:
                     text_scores(load(), self.windows(), part.name, None, found, progress)
 
     def noise_floor(self, load: Callable[[], object], metrics: dict, reporter: Reporter) -> dict[str, float | None]:
-        """What float32 would change of the scores of the uncompressed model on the text; `load` gives it in float32.
+        """What float32 would change of the scores of the uncompressed model, by metric; `load` gives it in float32.
 
-        Of perplexities what is more than in float32, of the divergence and the agreement those of the model in float32.
+        Of perplexities and tasks what is more than in float32; of the divergence and the agreement, which compare with
+        the uncompressed model anyway, those of the model in float32.
         """
-        (part,) = (part for part in parts(self.settings, self.dtype) if part.stage == "perplexity")
+        wanted, load, found = parts(self.settings, self.dtype), functools.cache(load), {}
+        with reporter.stage("noise_floor") as progress:
+            for i, part in enumerate(wanted):
+                step = _within(progress, i, len(wanted))
+                file = Part("noise_floor", part.name, part.depends_on).file(self.cache, self.model)
+                found |= once(file, lambda: self._changes(self._measured(part, load(), step), metrics))[0]  # noqa: B023
+        return found
 
-        def measured() -> dict:
-            with reporter.stage("noise_floor") as progress, self._reference(part) as found:
-                scores = text_scores(load(), self.windows(), part.name, self.tokenizer(), found, progress)
-            return {name: _change(metrics[name], score) for name, score in scores.items()}
-
-        return once(Part("noise_floor", part.name, part.depends_on).file(self.cache, self.model), measured)[0]
+    @staticmethod
+    def _changes(exact: dict[str, dict], metrics: dict[str, dict]) -> dict[str, float | None]:
+        return {name: _change(name, metrics[name]["value"], score["value"]) for name, score in exact.items()}
 
     def _loaded(self, reporter: Reporter):
         with reporter.stage("load"):
@@ -156,10 +161,10 @@ class Evaluation:
         return halving(run, self.settings["batch_size"], f"evaluation of {part.name}")
 
 
-def _change(metric: dict, exact: dict) -> float | None:
-    if exact.get("scale") != "log":
-        return exact["value"]
-    return None if None in (metric["value"], exact["value"]) else metric["value"] - exact["value"]
+def _change(name: str, value: float | None, exact: float | None) -> float | None:
+    if name.startswith(RELATIVE):
+        return exact
+    return None if None in (value, exact) else value - exact
 
 
 def _within(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:

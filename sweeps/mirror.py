@@ -45,13 +45,14 @@ def show(run, record: dict, results: Path, artifact: bool = False) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- numbers
 def flat_summary(record: dict) -> dict:
-    """The numbers of a record by name: metrics and their standard errors, bits, seconds, memory."""
+    """The numbers of a record by name: metrics, their standard errors and noise floors, bits, seconds, memory."""
     metrics = {name: m["value"] for name, m in record["metrics"].items()}
     errors = {f"{name}_stderr": m["stderr"] for name, m in record["metrics"].items() if m["stderr"] is not None}
     bits = {f"bits/{k}": v for k, v in (record["bits"] or {}).items()}
     seconds = {f"seconds/{stage}": s for stage, s in record["timings_s"].items()}
     ended = {"status": record["status"], "error": failure(record)}
-    return metrics | errors | bits | seconds | _budget(record) | ended | record["memory"]
+    floor = {f"noise_floor/{name}": v for name, v in (record.get("noise_floor") or {}).items() if v is not None}
+    return metrics | errors | floor | bits | seconds | _budget(record) | ended | record["memory"]
 
 
 def _budget(record: dict) -> dict:

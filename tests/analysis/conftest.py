@@ -107,7 +107,7 @@ def fitted():
 @pytest.fixture
 def make() -> SimpleNamespace:
     """The factory of records, for tests that need others than `records`."""
-    return SimpleNamespace(record=record, compressed=compressed, baseline=baseline, failed=failed)
+    return SimpleNamespace(record=record, measured=measured, compressed=compressed, baseline=baseline, failed=failed)
 
 
 @pytest.fixture

@@ -161,10 +161,11 @@ def test_the_command_writes_all_that_can_be_drawn_and_says_what_cannot(sweep, wr
     folder = write(sweep.records)
     assert main([str(folder), "--theme", theme]) == 0
     output = capsys.readouterr().out.splitlines()
-    drawn = set(figures()) - {"models", "allocation", "spectra"}
+    drawn = set(figures()) - {"methods", "models", "allocation", "spectra"}
     assert {path.stem for path in (folder / "figures").glob("*.pdf")} == drawn
     assert {path.stem for path in (folder / "figures").glob("*.png")} == drawn
     assert [line.split(": ")[1] for line in output if line.startswith("not drawn")] == [
+        "methods",
         "models",
         "spectra",
         "allocation",

@@ -20,10 +20,12 @@ def as_run(record: dict) -> SimpleNamespace:
 def test_runs_give_the_table_that_their_records_give(records):
     for record in records:
         record["memory"] = {"peak_rss_bytes": 2 * 10**9, "peak_gpu_bytes": None}
+    records[-2]["noise_floor"] = {"perplexity/boolq_1024": 0.012, "arc_easy/acc": None}
     found = tidy(records_of(map(as_run, records)))
     expected = tidy(sorted(records, key=lambda record: record["name"]))
     columns = [column for column in expected if column != "error"]  # why a point failed is not in a summary
     pd.testing.assert_frame_equal(found[columns], expected[columns], check_like=True)
+    assert found.attrs["float32"] == {"smollm2_135m": {"perplexity/boolq_1024": 20.95 - 0.012}}
     assert found.attrs["metrics"]["arc_easy/acc"]["higher_is_better"]
     assert not found.attrs["metrics"]["perplexity/boolq_1024"]["higher_is_better"]
 

@@ -282,11 +282,13 @@ def test_the_uncompressed_model_may_be_a_point_of_its_own(application, swept, tm
 
 
 def test_the_noise_floor_is_what_float32_changes(application, tmp_path):
-    lines = ("method=none", NO_TASKS, "evaluation.noise_floor=true")
+    lines = ("method=none", "evaluation.noise_floor=true")
     assert application(*lines, "compute.dtype=bfloat16")[0] == 0
     (record,) = Swept(tmp_path / "results").records
     floor, metrics = record["noise_floor"], record["metrics"]
-    assert set(floor) == set(metrics) == {f"{kind}/heldout_256" for kind in TEXT}
+    assert (
+        set(floor) == set(metrics) == {f"{kind}/heldout_256" for kind in TEXT} | {"arc_easy/acc", "arc_easy/acc_norm"}
+    )
     assert metrics["kl/heldout_256"]["value"] < 1e-5 < floor["kl/heldout_256"] < floor["kl_p99/heldout_256"] < 0.1
     assert 0.8 < floor["agreement/heldout_256"] < metrics["agreement/heldout_256"]["value"] == 1.0
     assert application(*lines, "compute.dtype=float32")[0] == 0
@@ -294,6 +296,8 @@ def test_the_noise_floor_is_what_float32_changes(application, tmp_path):
     values = [r["metrics"]["perplexity/heldout_256"]["value"] for r in (record, exact)]
     assert exact["noise_floor"] is None  # it is its own
     assert floor["perplexity/heldout_256"] == pytest.approx(values[0] - values[1], rel=1e-6) and values[0] != values[1]
+    task = "arc_easy/acc"
+    assert floor[task] == record["metrics"][task]["value"] - exact["metrics"][task]["value"]
 
 
 def test_what_is_kept_of_the_uncompressed_model_is_made_again(application, point, tmp_path):
