@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench figures lint clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ test: setup
 # `make bench quick=1` for smaller cases.
 bench: setup
 	$(BIN)/python -m bench $(if $(quick),--quick)
+
+# The README's figure and table; RESULTS=results/baselines for new records instead of the kept ones.
+figures: setup
+	$(BIN)/python -m analysis.headline $(RESULTS)
 
 lint: setup
 	$(BIN)/ruff check .

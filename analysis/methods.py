@@ -47,7 +47,7 @@ def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", the
     more than RANGE times the best has no place, and is named in the legend. Artists carry gids `method:<name>` (its
     line), `point:<name>`, `baseline:<name>`, `floor:<name>`, `band`. RecordError for fewer than two methods.
     """
-    rows = _spending(table, metric, x)
+    rows = spending(table, metric, x)
     look = style.THEMES[theme]
     with matplotlib.rc_context(look.settings()):
         figure = Figure(figsize=plots.SIZE)
@@ -67,7 +67,7 @@ def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", the
     return figure
 
 
-def _spending(table: pd.DataFrame, metric: str, x: str) -> pd.DataFrame:
+def spending(table: pd.DataFrame, metric: str, x: str) -> pd.DataFrame:
     """Finished compressed points of the model with most, by size.
 
     `spent` is who chose how their bits are spent, `cost` their value, the less the better, `optimal` whether they are

@@ -1,6 +1,8 @@
 """Records of a sweep (`RESULTS_DIR/points/<name>/record.json`) as pandas tables."""
 
+import gzip
 import json
+import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +18,26 @@ class RecordError(ValueError):
     """A results folder cannot be used; the message is one sentence that names the path and the remedy."""
 
 
-def load_records(results_dir: str | Path) -> list[dict]:
-    """All records below `results_dir`, finished and failed, sorted by name; points still running have none yet."""
-    paths = sorted(Path(results_dir).glob("points/*/record.json"))
-    if not paths:
-        raise RecordError(f"{results_dir} holds no points/*/record.json: give the output folder of a sweep.")
-    return sorted((_read(path) for path in paths), key=lambda record: record["name"])
+def load_records(source: str | Path) -> list[dict]:
+    """All records below a results folder, finished and failed, sorted by name; points still running have none yet.
+
+    Or those in one compressed file, as `analysis.headline.pack` writes it. Raises RecordError.
+    """
+    if Path(source).is_file():
+        found = [checked(record, source) for record in _unpacked(Path(source))]
+    else:
+        found = [_read(path) for path in sorted(Path(source).glob("points/*/record.json"))]
+    if not found:
+        raise RecordError(f"{source} holds no points/*/record.json: give the output folder of a sweep.")
+    return sorted(found, key=lambda record: record["name"])
+
+
+def _unpacked(path: Path) -> list:
+    try:
+        found = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise RecordError(f"{path} is no file of records ({error}): give the output folder of a sweep.") from error
+    return found if isinstance(found, list) else [found]
 
 
 def _read(path: Path) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import configs, style
+from analysis.facts import answers, caveats, environment
 from analysis.figures import Sweep, figures
 from analysis.frontier import SIZES, frontier_table, score
 from analysis.layers import NAMES, grid
@@ -19,7 +20,6 @@ from analysis.plots import LOGARITHMIC, baseline_label, uncompressed
 from analysis.records import RecordError
 from analysis.wandb_runs import PREFIX
 
-TOLERANCES = (0.05, 0.1, 0.25, 0.5, 1.0)  # shares of the uncompressed model's value that one may be ready to lose
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "pentagon")
 STILL = {
     "methods": "What each method and each budget makes of the bits",
@@ -60,7 +60,7 @@ def page_of(sweep: Sweep) -> dict:
         "configs": _configs(sweep),
         "pictures": pictures(sweep),
         "environment": environment(sweep.records),
-        "caveats": caveats(sweep),
+        "caveats": caveats(sweep.records, table),
         "data": _finite({"frontier": frontier_data(sweep), "heat": heat_data(sweep)}),
     }
 
@@ -69,29 +69,6 @@ def _counts(table: pd.DataFrame) -> str:
     done, failed = is_compressed(table).sum(), (table["status"] != "done").sum()
     lost = f", {failed} failed" if failed else ""
     return f"{done} compressed points{lost}, {table['pareto'].sum()} of them Pareto-optimal"
-
-
-def answers(table: pd.DataFrame) -> list[dict]:
-    """The smallest point that loses no more than each of TOLERANCES; none for several models or no uncompressed one."""
-    metric, x = table.attrs["metric"], table.attrs["x"]
-    higher = table.attrs["metrics"][metric]["higher_is_better"]
-    whole = table[(table["status"] == "done") & (table["method"] == "none")]
-    found: dict[str, dict] = {}
-    if whole["model"].nunique() != 1 or table["model"].nunique() != 1 or pd.isna(base := whole[metric].iloc[0]):
-        return []
-    for tolerance in TOLERANCES:
-        loss = (1 - table[metric] / base) if higher else (table[metric] / base - 1)
-        rows = table[is_compressed(table) & (loss <= tolerance)].sort_values([x])
-        if len(rows):
-            row = rows.iloc[0]
-            found.setdefault(row["name"], {"tolerance": f"{tolerance:.0%}"} | _answer(row, metric, x))
-    return list(found.values())
-
-
-def _answer(row: pd.Series, metric: str, x: str) -> dict:
-    value = score(row[metric], row[f"{metric}:stderr"])
-    size = f"{row[x]:,.1f} MB" if x == "megabytes" else f"{row[x]:.2f} bits"
-    return {"size": size, "label": style.point_label(row), "value": value}
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -237,47 +214,6 @@ def _configs(sweep: Sweep) -> list[dict]:
         }
         for (_, row), own in zip(optimal.iterrows(), apart, strict=True)
     ]
-
-
-def environment(records: list[dict]) -> list[tuple[str, str]]:
-    """What the points ran on, each fact once; several values where points differ."""
-    facts: dict[str, dict] = {}
-    for record in records:
-        known = record.get("environment") or {}
-        memory = known.get("memory_bytes")
-        flat = {key: known.get(key) for key in ("processor", "gpu", "threads", "platform", "python")}
-        flat |= {"memory": memory and f"{memory / 1e9:.0f} GB"} | (known.get("versions") or {})
-        for key, value in flat.items():
-            if value is not None:
-                facts.setdefault(key, {})[str(value)] = None
-    return [(key, ", ".join(values)) for key, values in facts.items()]
-
-
-def caveats(sweep: Sweep) -> list[str]:
-    """What a reader should know before trusting the numbers."""
-    table, metrics = sweep.table, sweep.table.attrs["metrics"]
-    found = [
-        f"{name} was not measured alike in all points: {', '.join(info['differs'])} differ."
-        for name, info in metrics.items()
-        if info["differs"]
-    ]
-    if table["model"].nunique() > 1:
-        found.append("Several models share these axes: compare them by megabytes, not by bits per parameter.")
-    if table["seed"].nunique() == 1:
-        found.append("All points have one seed: what another seed would change is in no error bar.")
-    files = {(record.get("config") or {}).get("model", {}).get("gguf_file") for record in sweep.records} - {None}
-    flattered = "quantized once, which flatters what is near its bits"
-    found += [f"The uncompressed reference comes from {file}: {flattered}." for file in sorted(files)]
-    found += _numerical(sweep.records)
-    failed = table[table["status"] != "done"]
-    return found + [f"{row['name']} failed: {row['error']}" for _, row in failed.iterrows()]
-
-
-def _numerical(records: list[dict]) -> list[str]:
-    matrices = [matrix for record in records for matrix in record.get("matrices") or []]
-    few, damped = (sum(bool(matrix.get(key)) for matrix in matrices) for key in ("few_tokens", "jitters"))
-    notes = [(few, "were fitted to fewer tokens than they have inputs"), (damped, "needed more damping than asked for")]
-    return [f"{count} of {len(matrices)} matrices {what}." for count, what in notes if count]
 
 
 def _finite(value):

@@ -43,6 +43,7 @@ MEASURES = {
 }
 TEXTS = {
     "boolq": "BoolQ passages",
+    "embedded_calibration": "CoQA, SQuAD and SciQ passages",
     "embedded_heldout": "BoolQ passages",
     "embedded_validation": "DROP passages",
     "wikitext2": "WikiText-2",
@@ -145,13 +146,13 @@ def metric_label(metric: str, info: dict) -> str:
 
 
 def quantizer_label(name: str | None, bits: float | None) -> str:
-    """`e8p_2bit` at 2 bits as `E8P, 2 bits`; a name that follows no such pattern stays as it is."""
+    """`e8p_2bit` at 2 bits as `E8P, 2 bits`, `nf_3bit_g64` as `NormalFloat, 3 bits, g64`; another name stays as it is."""
     if name is None:
         return "none"
-    family, _, suffix = name.rpartition("_")
-    if bits is None or suffix != f"{bits:g}bit":
+    parts = re.fullmatch(r"(.+)_(\d+)bit(?:_(row|g\d+))?", name)
+    if parts is None or bits != int(parts[2]):
         return name
-    return f"{FAMILIES.get(family, family)}, {bits:g} bits"
+    return ", ".join([FAMILIES.get(parts[1], parts[1]), f"{bits:g} bits", *filter(None, [parts[3]])])
 
 
 def point_label(row: pd.Series) -> str:

@@ -14,6 +14,7 @@ from caldera.method import Method
 from caldera.moments import STRIPS
 from caldera.problem import LEAST
 from caldera.quantizers import HALVES, get_quantizer
+from caldera.quantizers.scalar import COARSE, FINE, ScalarCodebook
 from caldera.quantizers.trellis import RUN, WARM
 from caldera.theory import PROBES, ROUNDS
 from sweeps.outline import Outline
@@ -69,7 +70,8 @@ def forward(model: Outline, tokens: float, length: float, itemsize: int, head: b
     products = 2 * model.active + 4 * model.blocks * length * model.attention + 2 * model.head * head
     sides = sum((m + n) * model.share_of(name) for name, (m, n) in model.matrices.items())
     logits = 2 * model.vocabulary * 4 * head  # float32, written and read
-    return Work(model=products * tokens, moved=tokens * (PASSES * sides * itemsize + logits), steps=tokens / length)
+    kind = "single" if itemsize == 4 else "model"
+    return Work(**{kind: products * tokens}, moved=tokens * (PASSES * sides * itemsize + logits), steps=tokens / length)
 
 
 def second_moments(n: int, tokens: float) -> Work:
@@ -102,8 +104,15 @@ def rounding(name: str, rows: int, columns: int) -> Work:
 
 
 def _searched(name: str, weights: float) -> Counter:
-    """Under the name without a scale's width; 16-bit numbers need no search."""
-    return Counter() if name in HALVES else Counter({name.partition("bit")[0] + "bit": weights})
+    """Under the name without a scale's width; 16-bit numbers need no search.
+
+    Scales of rows or groups of scalars are found by rounding with each candidate.
+    """
+    if name in HALVES:
+        return Counter()
+    found = get_quantizer(name)
+    tries = len(COARSE) + len(FINE) if found.granularity and isinstance(found.codebook, ScalarCodebook) else 0
+    return Counter({name.partition("bit")[0] + "bit": (1 + tries) * weights})
 
 
 def ldlq(m: int, n: int, quantizer: str) -> Work:

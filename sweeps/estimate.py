@@ -7,7 +7,7 @@ SmolLM2-135M (docs/scaling.md says which, and how far off the predictions were).
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sweeps import costs
 from sweeps.costs import Work
@@ -37,8 +37,8 @@ SLACK = {
     "compress": {"model": 1.6, "mixed": 1.3, "single": 1.7, "solves": 2.0, "alone": 1.5, "moved": 1.5, "search": 1.1,
                  "steps": 0.005},
     "load": {"moved": 1.5, "steps": 0.0},
-    "perplexity": {"model": 1.8, "moved": 1.5, "steps": 0.002},
-    "tasks": {"model": 1.3, "moved": 1.5, "steps": 0.003},
+    "perplexity": {"model": 1.8, "single": 1.3, "moved": 1.5, "steps": 0.002},
+    "tasks": {"model": 1.3, "single": 1.3, "moved": 1.5, "steps": 0.003},
 }  # fmt: skip
 STARTED = {"workers": 4.0, "load": 0.4, "tasks": 0.4, "compress": 2.0}  # seconds that pass whatever the shapes are
 FURTHER = 0.6  # of what the first thread of a process does, what each further one does: not all work is shared out
@@ -90,8 +90,9 @@ def estimate(sizes: Sizes, machine: Machine, keys: dict[str, str] | None = None,
     if keys.get("done") in held:
         return Estimate({}, *bits(sizes))
     if keys.get("baseline") not in held:
-        parts = [_load_original(sizes, machine), _perplexity(sizes, machine), _tasks(sizes, machine)]
-        stages["baseline"] = joined(parts)
+        exact = [replace(sizes, itemsize=4)] if sizes.noise_floor and sizes.itemsize < 4 else []
+        parts = (_load_original, _perplexity, _tasks)
+        stages["baseline"] = joined([part(own, machine) for own in [sizes, *exact] for part in parts])
     if sizes.method is not None:
         if keys.get("moments") not in held:
             stages["calibrate"] = _calibrate(sizes, machine)

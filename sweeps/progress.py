@@ -54,9 +54,12 @@ def is_live() -> bool:
 
 @dataclass
 class Sweep:
-    """How far the sweep of this process is; an estimate of the rest from the points that took work."""
+    """How far the sweep of this process is; an estimate of the rest from the points that took work.
 
-    total: int = 1
+    A process of a launcher does not know how many there are: `total` is 0.
+    """
+
+    total: int = 0
     begun: int = 0
     seconds: list[float] = field(default_factory=list)
 
@@ -69,6 +72,8 @@ class Sweep:
         self.seconds.append(time.perf_counter() - start)
 
     def _heading(self, name: str) -> str:
+        if not self.total:
+            return f"point: {name}"
         left = self.total - self.begun + 1
         estimate = f", about {clock(left * sum(self.seconds) / len(self.seconds))} to the end" if self.seconds else ""
         return f"point {self.begun}/{self.total}: {name}{estimate}"

@@ -34,6 +34,7 @@ class Sizes:
     keep: bool = True
     table: Table = field(default_factory=dict)  # of matrices that differ from the method
     budget: Budget | None = None  # if it is one that allocates
+    noise_floor: bool = False  # the uncompressed model is evaluated in float32 too
 
     @classmethod
     def of(cls, point: Point, model: Outline) -> "Sizes":
@@ -45,7 +46,7 @@ class Sizes:
             4 if point.dtype == "float32" else 2, point.workers.count if point.method else 1,
             compute["spill_mb"] * 2**20, point.config["checkpoint"]["keep"] != "none",
             guessed_table(point.budget, point.scale) if point.allocated else point.table,
-            point.budget if point.allocated else None,
+            point.budget if point.allocated else None, e["noise_floor"],
         )  # fmt: skip
 
     @property

@@ -45,7 +45,8 @@ def record(name: str, point: dict, nominal: float | None, metrics: dict, **more)
 def measured(metric: str, value: float, stderr: float) -> dict:
     perplexity = metric.startswith("perplexity/")
     on = WINDOWS if perplexity else {"documents": 570}
-    return {"value": value, "stderr": stderr, "higher_is_better": not perplexity, "measured_on": on}
+    scored = {"value": value, "stderr": stderr, "samples": None}
+    return scored | {"higher_is_better": not perplexity, "measured_on": on}
 
 
 def compressed(rank, factor_bits, q_bits, nominal, perplexity, accuracy, **more) -> dict:

@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from analysis import configs
+from analysis.facts import answers, caveats
 from analysis.figures import Sweep
-from analysis.report import answers, caveats, main, page_of
+from analysis.report import main, page_of
 from sweeps import run  # noqa: F401  knows the schema that settings are checked against
 
 PERPLEXITY, ACCURACY = "perplexity/boolq_1024", "arc_easy/acc"
@@ -151,9 +152,9 @@ def test_answers_are_the_smallest_points_within_a_tolerance(records):
 def test_caveats_name_what_makes_numbers_doubtful(described):
     described[3]["metrics"][PERPLEXITY]["measured_on"] = {"text": "boolq", "rows": 16, "length": 1024}
     described[2]["matrices"][0] |= {"few_tokens": True, "jitters": [{"sigma": 0.03}]}
-    found = " ".join(caveats(Sweep.of(described)))
+    found = " ".join(caveats(described, Sweep.of(described).table))
     assert "rows differ" in found
-    assert "SmolLM2-135M-Instruct.Q4_1.gguf: quantized once" in found
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf: quantized to 4 bits once" in found
     assert "one seed" in found
     assert "1 of 44 matrices were fitted to fewer tokens" in found
     assert "1 of 44 matrices needed more damping" in found

@@ -78,7 +78,7 @@ def typed(monkeypatch, capsys):
     """typed(*arguments): the console script's main() in this process, as (exit code, stdout, stderr)."""
 
     def _typed(*arguments: str) -> tuple[int, str, str]:
-        for name, value in {"total": 1, "begun": 0, "seconds": []}.items():
+        for name, value in {"total": 0, "begun": 0, "seconds": []}.items():
             monkeypatch.setattr(SWEEP, name, value)
         monkeypatch.setattr(sys, "argv", ["caldera-run", *arguments])
         code = 0

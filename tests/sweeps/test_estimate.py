@@ -82,7 +82,7 @@ def test_a_forward_pass_has_as_many_operations_as_torch_counts(shape, model):
     rows = torch.zeros(2, 24, dtype=torch.int64)
     with torch.no_grad():
         found = counted(lambda: model(rows, use_cache=False))
-    assert costs.forward(shape, 48, 24, 4, head=True).model == pytest.approx(found, rel=0.02)
+    assert costs.forward(shape, 48, 24, 4, head=True).single == pytest.approx(found, rel=0.02)
 
 
 def test_moments_have_as_many_operations_as_torch_counts():
@@ -131,6 +131,19 @@ def test_searches_are_counted_by_weight_and_16_bits_search_nothing():
     assert costs.rounding("e8p_2bit_row", 4, 8).search == {"e8p_2bit": 32}
     kernels = {name: costs.ldlq(512, 512, name).kernels for name in ("e8p_2bit", "trellis_2bit")}
     assert kernels["trellis_2bit"] > 100 * kernels["e8p_2bit"]
+
+
+@pytest.mark.parametrize(("name", "tries"), [("uniform_2bit", 0), ("nf_4bit_g64", 69), ("uniform_3bit_row", 69)])
+def test_scales_of_rows_and_groups_are_searched_by_rounding(name, tries):
+    assert sum(costs.ldlq(32, 64, name).search.values()) == (1 + tries) * 32 * 64
+
+
+def test_the_noise_floor_is_another_evaluation_in_float32(sizes):
+    once, twice = (estimate(replace(sizes, noise_floor=floor), MACHINE).stages["baseline"] for floor in (False, True))
+    assert twice.work.single == once.work.model > once.work.single == 0
+    assert (twice.work.model, twice.disk) == (once.work.model, once.disk) and twice.memory > once.memory
+    exact = replace(sizes, itemsize=4)  # is its own
+    assert estimate(replace(exact, noise_floor=True), MACHINE) == estimate(exact, MACHINE)
 
 
 def test_twice_the_tokens_are_twice_the_work(sizes):
