@@ -34,10 +34,10 @@ RANGE = 30  # times the best value: what is worse has no place on the picture, a
 def spent_by(row: pd.Series) -> str:
     """Who chose how a point's bits are spent: its method, and its budget if it has one."""
     name = WORDS.get(row["method"], row["method"])
-    budget = row.get("budget")
+    budget, rank = row.get("budget"), row.get("rank")
     if pd.isna(budget):
         return name
-    return f"{name}, mixed bits" if row.get("rank") == 0 else f"{name}, {budget} budget"
+    return f"{name}, mixed bits" if pd.notna(rank) and rank == 0 else f"{name}, {budget} budget"
 
 
 def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", theme: str = "print") -> Figure:
