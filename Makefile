@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+RESULTS ?= results/demo
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo notebooks test bench lint clean
 
 setup: $(STAMP)
 
@@ -18,6 +19,10 @@ $(STAMP): pyproject.toml requirements-data.txt requirements.txt
 
 demo: setup
 	$(BIN)/caldera-run experiment=demo
+
+# Articles on a folder of results, by default the demo's: `make notebooks RESULTS=results/baselines`.
+notebooks: setup
+	$(BIN)/python -m analysis.article $(RESULTS)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
