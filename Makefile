@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: setup demo test bench figures lint clean
+.PHONY: setup demo notebooks test bench figures lint clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml requirements-data.txt requirements.txt
 
 demo: setup
 	$(BIN)/caldera-run experiment=demo
+
+# Articles on a folder of results, by default the demo's: `make notebooks RESULTS=results/baselines`.
+notebooks: setup
+	$(BIN)/python -m analysis.article $(or $(RESULTS),results/demo)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -42,7 +42,7 @@ def _row(name: str, a: dict, b: dict) -> dict:
     _check_alike(name, a, b)
     relative = one.get("scale", "log" if name.startswith("perplexity/") else None) == "log"  # older records do not say
     row = {"metric": name, "relative": relative}
-    row |= {"a": one["value"], "a_stderr": one["stderr"], "b": other["value"], "b_stderr": other["stderr"]}
+    row |= {"a": one["value"], "a_stderr": one.get("stderr"), "b": other["value"], "b_stderr": other.get("stderr")}
     difference, low, high = _interval(one, other)
     if relative:
         difference, low, high = (math.expm1(x) for x in (difference, low, high))
@@ -51,12 +51,12 @@ def _row(name: str, a: dict, b: dict) -> dict:
     apart = low > 0 or high < 0
     better = ("b" if (difference > 0) == one["higher_is_better"] else "a") if apart else ""
     found = {"difference": difference, "low": low, "high": high, "better": better}
-    return row | found | {"samples": len(one["samples"] or [])}
+    return row | found | {"samples": len(one.get("samples") or [])}
 
 
 def _interval(one: dict, other: dict) -> tuple[float, float, float]:
     """Mean of the paired differences and the ends of its interval; NaN without samples or, of the ends, with one."""
-    if not (one["samples"] and other["samples"]):
+    if not (one.get("samples") and other.get("samples")):
         return math.nan, math.nan, math.nan
     weights = np.array(one.get("weights") or [1.0] * len(one["samples"]))
     apart = np.array(other["samples"]) - np.array(one["samples"])
@@ -75,7 +75,7 @@ def _check_alike(name: str, a: dict, b: dict) -> None:
     different = [f"{key} {on[0].get(key)} and {on[1].get(key)}" for key in keys if on[0].get(key) != on[1].get(key)]
     same = ("weights", "scale", "higher_is_better")
     different += [key for key in same if one.get(key) != other.get(key)]
-    if len(one["samples"] or []) != len(other["samples"] or []):
+    if len(one.get("samples") or []) != len(other.get("samples") or []):
         different.append("samples")
     if different:
         raise RecordError(
@@ -119,14 +119,15 @@ def _view(found: pd.DataFrame) -> Table:
         view.add_column(header, justify="left" if header in ("metric", "better") else "right", overflow="fold")
     for _, row in found.iterrows():
         values = [score(row[side], row[f"{side}_stderr"]) for side in "ab"]
-        difference, low, high = (_signed(row[key], row["relative"]) for key in ("difference", "low", "high"))
+        difference, low, high = (signed(row[key], row["relative"]) for key in ("difference", "low", "high"))
         interval = "-" if low == "-" else f"{low} to {high}"
         cells = [row["metric"], *values, difference, interval, str(row["samples"] or "-"), row["better"].upper()]
         view.add_row(*map(escape, cells), style="bold" if row["better"] else None)
     return view
 
 
-def _signed(value: float, relative: bool) -> str:
+def signed(value: float, relative: bool) -> str:
+    """`+0.0123`, or `+1.23%` of what is relative."""
     return "-" if pd.isna(value) else f"{value:+.2%}" if relative else f"{value:+.4f}"
 
 

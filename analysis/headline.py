@@ -18,7 +18,7 @@ from analysis.compare import compare
 from analysis.facts import answers, caveats, environment
 from analysis.figures import Sweep, figures
 from analysis.frontier import score
-from analysis.methods import spending
+from analysis.methods import rival, spending
 from analysis.records import RecordError
 
 BEGIN, END = "<!-- made by `make figures`: do not edit -->", "<!-- end of what `make figures` makes -->"
@@ -78,10 +78,9 @@ def _table(sweep: Sweep) -> str:
 
 def _behind(row: pd.Series, rows: pd.DataFrame, records: dict, metric: str) -> tuple[float, float, float]:
     """How much worse than the frontier at that size, and the ends of the paired interval; zeros on it."""
-    front = rows[rows["optimal"] & (rows[SIZE] <= row[SIZE])]
-    if row["optimal"] or front.empty:
+    if row["optimal"]:
         return 0.0, math.nan, math.nan
-    best = front.loc[front["cost"].idxmin()]
+    best = rival(row, rows, SIZE)
     found = compare(records[best["name"]], records[row["name"]]).set_index("metric").loc[metric]
     return found["difference"], found["low"], found["high"]
 

@@ -34,10 +34,10 @@ RANGE = 30  # times the best value: what is worse has no place on the picture, a
 def spent_by(row: pd.Series) -> str:
     """Who chose how a point's bits are spent: its method, and its budget if it has one."""
     name = WORDS.get(row["method"], row["method"])
-    budget = row.get("budget")
+    budget, rank = row.get("budget"), row.get("rank")
     if pd.isna(budget):
         return name
-    return f"{name}, mixed bits" if row.get("rank") == 0 else f"{name}, {budget} budget"
+    return f"{name}, mixed bits" if pd.notna(rank) and rank == 0 else f"{name}, {budget} budget"
 
 
 def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", theme: str = "print") -> Figure:
@@ -48,6 +48,8 @@ def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", the
     line), `point:<name>`, `baseline:<name>`, `floor:<name>`, `band`. RecordError for fewer than two methods.
     """
     rows = spending(table, metric, x)
+    if rows["spent"].nunique() < 2:
+        raise RecordError("a comparison of methods needs points of two or more: sweep method=..., or budget=...")
     look = style.THEMES[theme]
     with matplotlib.rc_context(look.settings()):
         figure = Figure(figsize=plots.SIZE)
@@ -68,20 +70,28 @@ def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", the
 
 
 def spending(table: pd.DataFrame, metric: str, x: str) -> pd.DataFrame:
-    """Finished compressed points of the model with most, by size.
+    """Finished compressed points of the model with most, by size. RecordError without one.
 
     `spent` is who chose how their bits are spent, `cost` their value, the less the better, `optimal` whether they are
     on the frontier, `far` whether they are off the picture.
     """
     rows = table[is_compressed(table) & np.isfinite(table[x]) & np.isfinite(table[metric])]
-    rows = rows[rows["model"] == rows["model"].mode()[0]] if len(rows) else rows
-    rows = rows.assign(spent=[spent_by(row) for _, row in rows.iterrows()])
-    if rows["spent"].nunique() < 2:
-        raise RecordError("a comparison of methods needs points of two or more: sweep method=..., or budget=...")
+    if rows.empty:
+        raise RecordError("no finished compressed point has size and metric: look at the failed records.")
+    rows = rows[rows["model"] == rows["model"].mode()[0]]
     higher, values = table.attrs["metrics"][metric]["higher_is_better"], rows[metric].astype(float)
     far = metric.startswith("perplexity/") & (values > RANGE * values.min())
-    found = rows.assign(cost=-values if higher else values, optimal=pareto(rows, x, metric, higher), far=far)
-    return found.sort_values(x)
+    spent = [spent_by(row) for _, row in rows.iterrows()]
+    found = rows.assign(
+        spent=spent, cost=-values if higher else values, optimal=pareto(rows, x, metric, higher), far=far
+    )
+    return found.sort_values([x, "name"])
+
+
+def rival(row: pd.Series, rows: pd.DataFrame, x: str) -> pd.Series:
+    """Of `spending`'s points the best that is no larger than `row`: on the frontier it is the point itself."""
+    front = rows[rows["optimal"] & (rows[x] <= row[x])]
+    return front.loc[front["cost"].idxmin()]
 
 
 def _order(rows: pd.DataFrame) -> list[str]:

@@ -57,7 +57,7 @@ def page_of(sweep: Sweep) -> dict:
         "answers": answers(table),
         "columns": _columns(table),
         "rows": [_row(table, row) for _, row in table[table["status"] == "done"].iterrows()],
-        "configs": _configs(sweep),
+        "configs": optimal_settings(sweep),
         "pictures": pictures(sweep),
         "environment": environment(sweep.records),
         "caveats": caveats(sweep.records, table),
@@ -200,7 +200,7 @@ def pictures(sweep: Sweep) -> list[dict]:
     return found
 
 
-def _configs(sweep: Sweep) -> list[dict]:
+def optimal_settings(sweep: Sweep) -> list[dict]:
     """The optimal points' settings: what tells them apart, and the whole command."""
     by_name = {record["name"]: record.get("config") or {} for record in sweep.records}
     optimal = sweep.table[sweep.table["pareto"] & sweep.table["name"].map(lambda name: bool(by_name[name]))]

@@ -146,7 +146,7 @@ def metric_label(metric: str, info: dict) -> str:
 
 
 def quantizer_label(name: str | None, bits: float | None) -> str:
-    """`e8p_2bit` at 2 bits as `E8P, 2 bits`, `nf_3bit_g64` as `NormalFloat, 3 bits, g64`; another name stays as it is."""
+    """`e8p_2bit` at 2 bits as `E8P, 2 bits`, `nf_3bit_g64` as `NormalFloat, 3 bits, g64`; other names as they are."""
     if name is None:
         return "none"
     parts = re.fullmatch(r"(.+)_(\d+)bit(?:_(row|g\d+))?", name)
