@@ -110,9 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--theme", default="print", choices=("print", "dark"), help="colours (default: print)")
     parser.add_argument("--output", type=Path, help="where the files go (default: figures in the sweep's folder)")
     options = parser.parse_args(arguments)
-    here = Path("figures") if options.results_dir.startswith(PREFIX) else Path(options.results_dir) / "figures"
+    output = options.output or reading.home(options.results_dir) / "figures"
     try:
-        written, missing = draw(Sweep.read(options.results_dir, options.metric), options.output or here, options.theme)
+        written, missing = draw(Sweep.read(options.results_dir, options.metric), output, options.theme)
     except (RecordError, OSError) as error:
         print(f"caldera-figures: {error}", file=sys.stderr)
         return 1

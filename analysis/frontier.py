@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from analysis.pareto import is_compressed, pareto
-from analysis.records import RecordError, load_records, tidy
+from analysis.records import RecordError, home, load_records, tidy
 from analysis.uncertainty import band, draws, optimal_share
 
 SIZES = {"stored": "bits_stored", "nominal": "bits_nominal", "model": "bits_model", "megabytes": "megabytes"}
@@ -74,7 +74,7 @@ def report(
     table = frontier_table(load_records(results_dir), metric, x)
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     _print(console, table)
-    path = _write(table, Path(output or results_dir))
+    path = _write(table, Path(output or home(results_dir)))
     console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return path
 

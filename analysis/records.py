@@ -32,6 +32,12 @@ def load_records(source: str | Path) -> list[dict]:
     return sorted(found, key=lambda record: record["name"])
 
 
+def home(source: str | Path) -> Path:
+    """Where figures of a source go unless told: into the folder that it is, beside the file, or here for W&B's runs."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent if path.is_file() else Path()
+
+
 def _unpacked(path: Path) -> list:
     try:
         found = json.loads(gzip.decompress(path.read_bytes()))

@@ -17,8 +17,7 @@ from analysis.frontier import SIZES, frontier_table, score
 from analysis.layers import NAMES, grid
 from analysis.pareto import is_compressed
 from analysis.plots import LOGARITHMIC, baseline_label, uncompressed
-from analysis.records import RecordError
-from analysis.wandb_runs import PREFIX
+from analysis.records import RecordError, home
 
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "pentagon")
 STILL = {
@@ -236,8 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--metric", help="the metric in front (default: the first perplexity)")
     parser.add_argument("--output", type=Path, help="the file (default: report.html in the sweep's folder)")
     options = parser.parse_args(arguments)
-    here = Path() if options.results_dir.startswith(PREFIX) else Path(options.results_dir)
-    path = options.output or here / "report.html"
+    path = options.output or home(options.results_dir) / "report.html"
     try:
         write_report(Sweep.read(options.results_dir, options.metric), path)
     except (RecordError, OSError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis import figures, frontier, report
 from analysis.figures import Sweep
 from analysis.headline import BEGIN, END, RECORDS, main, pack, put, section
 from analysis.records import RecordError, load_records
@@ -85,3 +86,10 @@ def test_the_command_writes_figure_records_and_readme(measured, write, tmp_path,
     (tmp_path / "README.md").write_text("nothing")
     assert main(["--root", str(tmp_path)]) == 1
     assert "no place for the table" in capsys.readouterr().err
+
+
+def test_the_kept_records_are_read_by_every_command(measured, tmp_path, capsys):
+    pack(measured, tmp_path / "all.json.gz")
+    for command, written in {frontier: "frontier.png", report: "report.html", figures: "figures/methods.pdf"}.items():
+        assert command.main([str(tmp_path / "all.json.gz")]) == 0, capsys.readouterr().err
+        assert (tmp_path / written).stat().st_size > 0
