@@ -1,5 +1,6 @@
 """What else the same bytes could do: methods and budgets on one frontier."""
 
+import re
 from itertools import cycle
 
 import matplotlib
@@ -62,10 +63,8 @@ def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", the
         own = whole[whole["model"] == rows["model"].iloc[0]]
         lines = [plots.baseline(axes, row, metric, look) for _, row in own.iterrows()]
         plots.scale(axes, metric)
-        plots.arrange(figure, axes, {"Method": legend, "Frontier": _key(look, banded)})
-        labels = style.Labels(axes, look)
-        for line in lines:
-            labels.along(line)
+        groups = {"Method": legend, "Frontier": _key(look, banded), "Not compressed": list(map(_named, lines))}
+        plots.arrange(figure, axes, {title: entries for title, entries in groups.items() if entries})
     return figure
 
 
@@ -110,6 +109,12 @@ def _draw(axes: Axes, own: pd.DataFrame, x: str, metric: str, mark: tuple[str, s
         axes.plot([row[x]], [row[metric]], linestyle="none", **hollow | face, gid=f"point:{row['name']}", zorder=4)
     off = [f"   at {row[x]:.2f} off the picture: {row[metric]:,.0f}" for _, row in own[own["far"]].iterrows()]
     return Line2D([], [], label="\n".join([name, *off]), color=colour, linewidth=0.9, **hollow)
+
+
+def _named(line: Line2D) -> Line2D:
+    """The legend's entry of a line of `plots.baseline`, on as many lines as it has parts."""
+    words = "\n   ".join(re.split(r"[:,] ", line.get_label()))
+    return Line2D([], [], label=words, color=line.get_color(), linewidth=0.9, linestyle=(0, (3, 2)))
 
 
 def _key(theme: style.Theme, banded: bool) -> list[Artist]:

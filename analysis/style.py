@@ -178,12 +178,13 @@ class Labels:
         self.taken = [box for line in axes.lines for box in _boxes(line)]  # by lines, later by texts and leaders too
 
     def along(self, line: Line2D) -> None:
-        """Writes the label of a horizontal line above or below it."""
+        """Writes the label of a horizontal line above or below it, on two lines where it is too long for one."""
         across = self.axes.get_yaxis_transform()
-        for share, dy in ALONG:
-            side = 1 - 2 * share
-            if self._fits(self._write(line.get_label(), (share, line.get_ydata()[0]), (0, dy), side, xycoords=across)):
-                return
+        for text in (line.get_label(), line.get_label().replace(", ", "\n")):
+            for share, dy in ALONG:
+                note = self._write(text, (share, line.get_ydata()[0]), (0, dy), 1 - 2 * share, xycoords=across)
+                if self._fits(note):
+                    return
 
     def beside(self, point: tuple[float, float], text: str) -> None:
         """Writes next to the mark at `point` of the data if no other mark is nearer, else further off with a leader."""
