@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.records import RELATIVE
 from caldera.errors import CalderaError, UserError
 from sweeps.perplexity import Windows, text_scores
 from sweeps.progress import Reporter, warn
@@ -20,7 +21,6 @@ from sweeps.texts import text_digest
 
 VERSION = 2  # counts up when the same settings give other scores
 TEXT = ("rows", "length", "stride", "bos", "join", "kl_tokens")  # what scores on a text depend on beside it
-RELATIVE = ("kl/", "kl_", "agreement/")  # how metrics begin that compare with the uncompressed model
 
 
 @dataclass(frozen=True)
