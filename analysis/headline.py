@@ -92,9 +92,10 @@ def _cells(row: pd.Series, metric: str, kl: str | None) -> list[str]:
     sizes = [f"{row['bits_stored']:.3f}", f"{row['bits_model']:.2f}", f"{row['megabytes']:.1f}"]
     divergence = "" if whole or kl is None or pd.isna(row[kl]) else f"{row[kl]:.3f}"
     values = [score(row[metric], row[f"{metric}:stderr"]), divergence]
-    if not whole and row["optimal"]:
+    if not whole and row["optimal"] and not row["far"]:
         return [f"**{name}**", rank, _q(row), *sizes, f"**{values[0]}**", values[1], ""]
-    return [name, rank, _q(row), *sizes, *values, "" if whole else _percent(row["behind"])]
+    behind = "" if whole else "nothing else is as small" if row["optimal"] else _percent(row["behind"])
+    return [name, rank, _q(row), *sizes, *values, behind]
 
 
 def _q(row: pd.Series) -> str:

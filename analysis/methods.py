@@ -29,7 +29,7 @@ WORDS = {
     "rtn": "round to nearest",
     "srr": "SRR",
 }
-RANGE = 30  # times the best value: what is worse has no place on the picture, and is named in the legend
+RANGE = 5  # times the best value: what is worse has no place on the picture, and is named in the legend
 
 
 def spent_by(row: pd.Series) -> str:
@@ -56,13 +56,14 @@ def methods_figure(table: pd.DataFrame, metric: str, x: str = "bits_stored", the
         figure = Figure(figsize=plots.SIZE)
         label = style.metric_label(metric, table.attrs["metrics"][metric])
         axes = figure.add_subplot(xlabel=style.AXES[x], ylabel=label)
-        banded = plots.shade(axes, table, x, metric, look)
         marks = dict(zip(_order(rows), zip(cycle(style.OKABE_ITO[:6]), cycle(style.MARKERS))))
         legend = [_draw(axes, rows[rows["spent"] == name], x, metric, mark, look) for name, mark in marks.items()]
         whole = plots.uncompressed(table, metric)
         own = whole[whole["model"] == rows["model"].iloc[0]]
         lines = [plots.baseline(axes, row, metric, look) for _, row in own.iterrows()]
         plots.scale(axes, metric)
+        axes.autoscale(False)  # the band may go on where no point has a place
+        banded = plots.shade(axes, table, x, metric, look)
         groups = {"Method": legend, "Frontier": _key(look, banded), "Not compressed": list(map(_named, lines))}
         plots.arrange(figure, axes, {title: entries for title, entries in groups.items() if entries})
     return figure
@@ -95,7 +96,8 @@ def rival(row: pd.Series, rows: pd.DataFrame, x: str) -> pd.Series:
 
 def _order(rows: pd.DataFrame) -> list[str]:
     """Methods by how many of their points are optimal, then by the best that they reach."""
-    found = rows.groupby("spent").agg(optimal=("optimal", "sum"), best=("cost", "min"))
+    found = rows.assign(optimal=rows["optimal"] & ~rows["far"])
+    found = found.groupby("spent").agg(optimal=("optimal", "sum"), best=("cost", "min"))
     return list(found.sort_values(["optimal", "best"], ascending=[False, True]).index)
 
 

@@ -157,8 +157,11 @@ def quantizer_label(name: str | None, bits: float | None) -> str:
 
 def point_label(row: pd.Series) -> str:
     """What a point is in a legend or a title: `E8P, 2 bits + rank 32 of 4 bits`, or what its budget asked for."""
-    if pd.notna(row.get("budget")) and pd.isna(row.get("rank")):
-        return f"{row['budget']}, {row['budget_bits']:g} bits" if pd.notna(row.get("budget_bits")) else row["budget"]
+    if pd.notna(row.get("budget")) and (pd.isna(row.get("rank")) or row.get("q") == "mixed"):
+        bits = [f"{row['budget_bits']:g} bits"] if pd.notna(row.get("budget_bits")) else []
+        return ", ".join(
+            [row["budget"], *bits, *(["no rank"] if pd.notna(row.get("rank")) and row["rank"] == 0 else [])]
+        )
     bits = None if pd.isna(row.get("q_bits")) else row["q_bits"]
     backbone = quantizer_label(None if pd.isna(row.get("q")) else row["q"], bits)
     if pd.isna(row.get("rank")) or row["rank"] == 0:
