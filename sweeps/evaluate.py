@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.records import RELATIVE
 from caldera.errors import CalderaError, UserError
 from sweeps.perplexity import Windows, text_scores
 from sweeps.progress import Reporter, warn
@@ -162,6 +161,8 @@ class Evaluation:
 
 
 def _change(name: str, value: float | None, exact: float | None) -> float | None:
+    from analysis.records import RELATIVE
+
     if name.startswith(RELATIVE):
         return exact
     return None if None in (value, exact) else value - exact
