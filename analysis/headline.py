@@ -112,10 +112,19 @@ def _doubts(sweep: Sweep) -> str:
 
 
 def pack(records: list[dict], path: Path) -> None:
-    """Write records without their matrices as one compressed file; the same records give the same bytes."""
-    text = json.dumps([record | {"matrices": []} for record in records], sort_keys=True, separators=(",", ":"))
+    """Write records as one compressed file, without matrices and without the folders and the kernel of their machine.
+
+    The same records give the same bytes.
+    """
+    text = json.dumps(list(map(_portable, records)), sort_keys=True, separators=(",", ":"))
     with style.replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def _portable(record: dict) -> dict:
+    config = record["config"] | {"results": f"results/{record.get('sweep')}", "cache": None}
+    machine = {key: value for key, value in (record.get("environment") or {}).items() if key != "platform"}
+    return record | {"config": config, "environment": machine, "matrices": []}
 
 
 def put(text: str, readme: str) -> str:

@@ -59,11 +59,18 @@ def test_the_table_has_what_is_optimal_and_the_nearest_of_each_other_method(meas
     assert sizes == sorted(sizes)
 
 
-def test_records_in_one_file_are_the_records_without_matrices(measured, tmp_path):
+def test_records_in_one_file_are_the_records_without_what_is_of_one_machine(measured, tmp_path):
     measured[0]["matrices"] = [{"name": "m"}]
+    measured[0]["config"] |= {"results": "/home/me/results", "cache": "/home/me/cache"}
+    measured[0]["environment"]["platform"] = "Linux-my-kernel"
     pack(measured, tmp_path / "all.json.gz")
-    found = load_records(tmp_path / "all.json.gz")
-    assert found == sorted((record | {"matrices": []} for record in measured), key=lambda record: record["name"])
+    assert (
+        b"/home/me" not in (text := gzip.decompress((tmp_path / "all.json.gz").read_bytes())) and b"Linux" not in text
+    )
+    moved = {"results": "results/test", "cache": None}
+    expected = [record | {"matrices": [], "config": record["config"] | moved} for record in measured]
+    expected[0]["environment"] = {k: v for k, v in measured[0]["environment"].items() if k != "platform"}
+    assert load_records(tmp_path / "all.json.gz") == sorted(expected, key=lambda record: record["name"])
 
 
 @pytest.mark.parametrize("content", [b"{", gzip.compress(b"[{]"), gzip.compress(b"[1]"), b""])
