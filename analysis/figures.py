@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = ("pdf", "png")
+FEW = 5  # points that one figure looks into
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,20 @@ class Sweep:
     def metric(self) -> str:
         return self.table.attrs["metric"]
 
-    def shown(self, count: int = 5) -> pd.DataFrame:
+    def shown(self) -> pd.DataFrame:
         """A few Pareto-optimal points from the smallest to the largest, for figures that look inside points."""
-        rows = self.table[self.table["pareto"] & self.table["name"].isin(self.matrices["point"])]
-        rows = rows[rows["model"] == rows["model"].mode()[0]] if len(rows) else rows
-        return rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
+        return _few(self.table[self.table["pareto"] & self.table["name"].isin(self.matrices["point"])])
+
+    def iterated(self) -> pd.DataFrame:
+        """A few points from the smallest to the largest whose fits took more than one update."""
+        updates = self.traces.groupby("point")["update"].max()
+        return _few(self.table[self.table["name"].isin(updates[updates > 1].index)])
+
+
+def _few(rows: pd.DataFrame) -> pd.DataFrame:
+    """At most FEW rows, evenly, of the model that has most."""
+    rows = rows[rows["model"] == rows["model"].mode()[0]] if len(rows) else rows
+    return rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(FEW, len(rows))).astype(int))]
 
 
 def load(source: str | Path) -> list[dict]:
@@ -74,7 +84,7 @@ def figures() -> dict[str, Callable[[Sweep, str], "Figure"]]:
         "costs": lambda s, theme: tradeoffs.costs_figure(s.table, s.table.attrs["x"], theme),
         "errors": lambda s, theme: layers.heat_figure(s.shown(), s.matrices, "relative_error", theme),
         "output-errors": lambda s, theme: layers.heat_figure(s.shown(), s.matrices, "output_error", theme),
-        "convergence": lambda s, theme: layers.convergence_figure(s.shown(), s.traces, theme),
+        "convergence": lambda s, theme: layers.convergence_figure(s.iterated(), s.traces, theme),
         "prediction": lambda s, theme: layers.prediction_figure(s.table, s.matrices, theme),
         "spectra": lambda s, theme: layers.spectra_figure(s.table, s.spectra, theme),
         "allocation": lambda s, theme: layers.allocation_figure(s.table, s.matrices, theme),

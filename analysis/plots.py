@@ -228,6 +228,6 @@ def _quantizer(row: pd.Series) -> tuple:
 
 def _factors(row: pd.Series) -> tuple:
     left, right = _key(row.get("l_bits")), _key(row.get("r_bits"))
-    if row.get("rank") == 0 or left[0] == right[0] == 2:
+    if _key(row.get("rank")) == _key(0) or left[0] == right[0] == 2:
         return ()
     return left, right, left[-1] if left == right else f"{left[-1]}/{right[-1]}"

@@ -90,13 +90,17 @@ def spending_figure(table: pd.DataFrame, metric: str, theme: str = "print") -> F
 
 
 def _split(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Points with one rank and one Q for all matrices, of the model with most, and `factor_bits`, what L R take."""
+    """Points with one rank and one Q for all matrices, of the model with most, and what L R and Q take of their bits.
+
+    Scales are Q's: those of groups are half a bit, those of factors next to nothing.
+    """
     rows = table[is_compressed(table) & np.isfinite(table[metric]) & np.isfinite(table["bits_stored"])]
     rows = rows[rows["rank"].notna() & rows["q_bits"].notna()] if {"rank", "q_bits"} <= set(rows) else rows[:0]
     if rows.empty:
         raise RecordError("no finished point has one rank and one Q for all matrices: sweep rank.k and quantizer@q.")
     rows = rows[rows["model"] == rows["model"].mode()[0]]
-    return rows.assign(factor_bits=(rows["bits_stored"] - rows["q_bits"].astype(float)).clip(lower=0))
+    factors = (rows["bits_nominal"] - rows["q_bits"].astype(float)).clip(lower=0)
+    return rows.assign(factor_bits=factors, backbone_bits=rows["bits_stored"] - factors)
 
 
 def _plane(figure: Figure, axes: Axes, rows: pd.DataFrame, metric: str, theme: style.Theme) -> None:
@@ -108,7 +112,7 @@ def _plane(figure: Figure, axes: Axes, rows: pd.DataFrame, metric: str, theme: s
     _iso_bits(axes, rows, theme)
     for _, row in rows.iterrows():
         look = {"color": colours(norm(row[metric])), "markeredgecolor": theme.ink, "markeredgewidth": 0.4}
-        at = row["factor_bits"], float(row["q_bits"])
+        at = row["factor_bits"], row["backbone_bits"]
         axes.plot(*at, shapes[_family(row["q"])], markersize=9, **look, gid=f"point:{row['name']}", zorder=3)
         text = f"{row[metric]:.1f}" if abs(row[metric]) > 1 else f"{row[metric]:.3f}".lstrip("0")
         patch = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.3}
@@ -123,14 +127,14 @@ def _plane(figure: Figure, axes: Axes, rows: pd.DataFrame, metric: str, theme: s
 
 
 def _family(quantizer: str) -> str:
-    """`e8p` of `e8p_2bit`."""
-    return re.sub(r"_\d+bit$", "", quantizer)
+    """`e8p` of `e8p_2bit`, `nf` of `nf_2bit_g64`."""
+    return re.sub(r"_\d+bit(_row|_g\d+)?$", "", quantizer)
 
 
 def _iso_bits(axes: Axes, rows: pd.DataFrame, theme: style.Theme) -> None:
     """Dashed lines of equal size, each with its bits at the right end."""
     right = max(1.15 * rows["factor_bits"].max(), 0.1)
-    low, high = float(rows["q_bits"].min()) - 0.4, float(rows["q_bits"].max()) + 0.5
+    low, high = rows["backbone_bits"].min() - 0.4, rows["backbone_bits"].max() + 0.5
     axes.set(xlim=(-0.08 * right, right), ylim=(low, high))
     for total in np.arange(np.ceil(2 * low) / 2, high + right, 0.5):
         axes.plot(
@@ -229,5 +233,5 @@ def costs_figure(table: pd.DataFrame, x: str = "bits_stored", theme: str = "prin
             axes.margins(y=0.12)
             axes.set_ylim(bottom=0)
             axes.xaxis.label.set_fontsize(7.5)
-        memory.legend(title="Method (hollow: blocks reused)", alignment="left")
+        figure.legend(title="Method\n(hollow: blocks reused)", alignment="left", loc="outside right upper")
     return figure

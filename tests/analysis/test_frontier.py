@@ -118,6 +118,15 @@ def test_the_band_is_shaded_on_the_axes_that_it_was_drawn_for(records):
     assert not frontier_figure(table, ACCURACY).axes[0].collections
 
 
+def test_a_budget_without_one_rank_has_its_place(records):
+    records[3]["point"] |= {"budget": "allocated", "budget_bits": 2.25, "rank": None, "q": "mixed", "q_bits": None}
+    records[4]["point"] |= {"budget": "allocated", "budget_bits": 2.25, "rank": 0, "q": "mixed", "q_bits": None}
+    table = frontier_table(records)
+    assert table["rank"].isna().any()
+    lines = drawn(frontier_figure(table, PERPLEXITY))
+    assert {f"point:{records[i]['name']}" for i in (3, 4)} <= set(lines)
+
+
 def test_marks_tell_rank_quantizer_bits_and_dominance(records):
     figure = frontier_figure(tidy(records), PERPLEXITY)
     lines = drawn(figure)
