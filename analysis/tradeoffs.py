@@ -219,8 +219,9 @@ def costs_figure(table: pd.DataFrame, x: str = "bits_stored", theme: str = "prin
     with matplotlib.rc_context(look.settings()):
         figure = Figure(figsize=(6.5, 2.8), layout="constrained")
         time, memory = figure.subplots(1, 2)
-        time.set(xlabel=style.AXES[x], ylabel="Compression (minutes)")
-        memory.set(xlabel=style.AXES[x], ylabel="Peak memory of a process (GB)")
+        time.set(ylabel="Compression (minutes)")
+        memory.set(ylabel="Peak memory of a process (GB)")
+        figure.supxlabel(style.AXES[x], fontsize=8.5)
         for _, row in rows.iterrows():
             fresh = not row["reused_blocks"] > 0
             mark = {"marker": "o", "linestyle": "none", "markersize": 5, "color": colours[row["method"]]}
@@ -232,6 +233,5 @@ def costs_figure(table: pd.DataFrame, x: str = "bits_stored", theme: str = "prin
         for axes in (time, memory):
             axes.margins(y=0.12)
             axes.set_ylim(bottom=0)
-            axes.xaxis.label.set_fontsize(7.5)
         figure.legend(title="Method\n(hollow: blocks reused)", alignment="left", loc="outside right upper")
     return figure
