@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis import records as reading
 from analysis.frontier import SIZES, frontier_table
+from analysis.pareto import of_one_model
 from analysis.records import RecordError
 from analysis.wandb_runs import PREFIX, load_runs
 
@@ -60,7 +61,7 @@ class Sweep:
 
 def _few(rows: pd.DataFrame) -> pd.DataFrame:
     """At most FEW rows, evenly, of the model that has most."""
-    rows = rows[rows["model"] == rows["model"].mode()[0]] if len(rows) else rows
+    rows = of_one_model(rows)
     return rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(FEW, len(rows))).astype(int))]
 
 

@@ -39,7 +39,7 @@ def _origin(sweep: Sweep) -> str:
         record for record in sweep.records if record["status"] == "done" and record["point"]["rank"] is not None
     )
     config, table = record["config"], sweep.table
-    model = style.MODELS.get(record["point"]["model"], record["point"]["model"])
+    model = style.model_label(record["point"]["model"])
     calibration, on = config["calibration"], table.attrs["metrics"][sweep.metric]["measured_on"]
     text = Path(calibration["text"]).stem
     machine = ", ".join(f"{key} {value}" for key, value in environment(sweep.records) if key in MACHINE)

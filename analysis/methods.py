@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis import plots, style
-from analysis.pareto import is_compressed, pareto
+from analysis.pareto import is_compressed, of_one_model, pareto
 from analysis.records import RecordError
 
 WORDS = {
@@ -78,7 +78,7 @@ def spending(table: pd.DataFrame, metric: str, x: str) -> pd.DataFrame:
     rows = table[is_compressed(table) & np.isfinite(table[x]) & np.isfinite(table[metric])]
     if rows.empty:
         raise RecordError("no finished compressed point has size and metric: look at the failed records.")
-    rows = rows[rows["model"] == rows["model"].mode()[0]]
+    rows = of_one_model(rows)
     higher, values = table.attrs["metrics"][metric]["higher_is_better"], rows[metric].astype(float)
     far = metric.startswith("perplexity/") & (values > RANGE * values.min())
     spent = [spent_by(row) for _, row in rows.iterrows()]

@@ -9,6 +9,11 @@ def is_compressed(table: pd.DataFrame) -> pd.Series:
     return (table["status"] == "done") & (table["method"] != "none")
 
 
+def of_one_model(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the model that has most; no rows of none."""
+    return rows[rows["model"] == rows["model"].mode()[0]] if len(rows) else rows
+
+
 def pareto(table: pd.DataFrame, x: str, y: str, higher_is_better: bool = False) -> pd.Series:
     """Which rows no other beats by being as small in `x`, as good in `y` and better in one of them; boolean.
 

@@ -98,7 +98,7 @@ def baseline(axes: Axes, row: pd.Series, metric: str, theme: style.Theme) -> Lin
 
 def baseline_label(row: pd.Series, metric: str) -> str:
     """`uncompressed SmolLM2: 20.95 ± 0.84, in float32 20.94`, or what the noise floor of a divergence is."""
-    name, exact = style.MODELS.get(row["model"], row["model"]), row["float32"]
+    name, exact = style.model_label(row["model"]), row["float32"]
     if metric.startswith(RELATIVE):
         return f"noise floor, {name} in float32: {exact:.2g}"
     text = f"uncompressed {name}: {score(row[metric], row[f'{metric}:stderr'])}"

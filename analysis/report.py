@@ -47,7 +47,7 @@ def write_report(sweep: Sweep, path: Path) -> None:
 def page_of(sweep: Sweep) -> dict:
     """What the template shows: texts, rows of the table, the data of the interactive figures, pictures."""
     table = sweep.table
-    models = [style.MODELS.get(model, model) for model in table["model"].dropna().unique()]
+    models = [style.model_label(model) for model in table["model"].dropna().unique()]
     return {
         "title": ", ".join(dict.fromkeys(record.get("sweep") or "sweep" for record in sweep.records)),
         "models": " and ".join(models),
@@ -80,7 +80,7 @@ def _columns(table: pd.DataFrame) -> list[str]:
 def _row(table: pd.DataFrame, row: pd.Series) -> dict:
     """`cells` are (shown, value to sort by)."""
     whole = row["method"] == "none"
-    label = f"uncompressed {style.MODELS.get(row['model'], row['model'])}" if whole else style.point_label(row)
+    label = f"uncompressed {style.model_label(row['model'])}" if whole else style.point_label(row)
     sizes = [(row[SIZES[key]], ".3f") for key in ("stored", "nominal", "model")] + [(row["megabytes"], ",.1f")]
     cells = [(label, label), (row["method"], row["method"]), _cell(row.get("rank"), "g")]
     cells += [_cell(value, form) for value, form in sizes]

@@ -145,6 +145,11 @@ def metric_label(metric: str, info: dict) -> str:
     return f"{measure} ({', '.join(detail for detail in details if detail)})"
 
 
+def model_label(name: str) -> str:
+    """`smollm2_135m` as people call it; an unknown name stays as it is."""
+    return MODELS.get(name, name)
+
+
 def quantizer_label(name: str | None, bits: float | None) -> str:
     """`e8p_2bit` at 2 bits as `E8P, 2 bits`, `nf_3bit_g64` as `NormalFloat, 3 bits, g64`; other names as they are."""
     if name is None:

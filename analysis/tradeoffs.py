@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from analysis import style
-from analysis.pareto import is_compressed, pareto
+from analysis.pareto import is_compressed, of_one_model, pareto
 from analysis.plots import scale, uncompressed
 from analysis.records import RecordError
 
@@ -55,7 +55,7 @@ def _model(axes: Axes, rows: pd.DataFrame, metric: str, higher: bool, colour: st
     front = points[pareto(points, "megabytes", metric, higher)].sort_values("megabytes")
     whole = uncompressed(rows, metric)
     axes.plot(points["megabytes"], points[metric], "o", color=theme.pale(colour), markersize=4, gid=f"points:{model}")
-    label = style.MODELS.get(model, model)
+    label = style.model_label(model)
     solid = {"color": colour, "marker": "o", "markersize": 5, "linewidth": 1.2, "label": label}
     axes.plot(front["megabytes"], front[metric], **solid, gid=f"frontier:{model}")
     star = {"color": colour, "marker": "*", "markersize": 9, "linestyle": "none"}
@@ -98,7 +98,7 @@ def _split(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = rows[rows["rank"].notna() & rows["q_bits"].notna()] if {"rank", "q_bits"} <= set(rows) else rows[:0]
     if rows.empty:
         raise RecordError("no finished point has one rank and one Q for all matrices: sweep rank.k and quantizer@q.")
-    rows = rows[rows["model"] == rows["model"].mode()[0]]
+    rows = of_one_model(rows)
     factors = (rows["bits_nominal"] - rows["q_bits"].astype(float)).clip(lower=0)
     return rows.assign(factor_bits=factors, backbone_bits=rows["bits_stored"] - factors)
 
